@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +93,9 @@ def close(lines_a, lines_b, tolerance):
     for a, b in zip(lines_a, lines_b, strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            if name != "seconds":
+            if name == "split":
+                assert a[name] == b[name]
+            elif name != "seconds":
                 assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], a["split"], name)
 
 
@@ -664,3 +665,672 @@ def peak_saved_bytes(run_step):
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         run_step()
     return most
+
+
+# ==== trm_deep.py: halting and the carry =============================================================================
+
+
+def test_a_halted_row_starts_anew_and_the_others_go_on_with_their_own_data():
+    model, batch, later = trm(), trm_batch(), trm_batch(seed=2)
+    carry, _ = step(model, batch)
+    assert carry["steps"].tolist() == [1, 1, 1] and not carry["z_H"].requires_grad
+    carry["halted"] = torch.tensor([False, True, False])
+    mixed, outputs = step(model, later, carry)
+    assert mixed["steps"].tolist() == [2, 1, 2]
+    for b, source in enumerate((batch, later, batch)):
+        assert torch.equal(mixed["labels"][b], source["labels"][b])
+    fresh = step(model, later)[1]["logits"][1]
+    goes_on = step(model, batch, {**carry, "halted": torch.zeros(3, dtype=torch.bool)})[1]["logits"]
+    torch.testing.assert_close(outputs["logits"][1], fresh)
+    torch.testing.assert_close(outputs["logits"][[0, 2]], goes_on[[0, 2]])
+
+
+def test_rows_halt_when_sure_or_at_the_last_step_but_not_before_their_minimum():
+    model, batch = trm(halt_max_steps=3), trm_batch(B=2)
+    min_steps = torch.tensor([1, 3], dtype=torch.int32)
+
+    def halts(bias):
+        model.q_head.bias.data.fill_(bias)
+        carry, seen = None, []
+        for _ in range(3):
+            carry, _ = step(model, {**batch, "min_steps": min_steps}, carry)
+            seen.append(carry["halted"].tolist())
+        return seen
+
+    assert halts(-5.0) == [[False, False], [False, False], [True, True]]
+    assert halts(+5.0)[0] == [True, False] and halts(+5.0)[2] == [True, True]
+    model.eval()
+    assert halts(+5.0) == [[False, False], [False, False], [True, True]]  # evaluation always runs all steps
+
+
+def test_exploration_is_drawn_per_sample_with_the_asked_probability():
+    model = trm(halt_max_steps=4, halt_exploration_prob=0.25)
+    drawn = model.draw_min_steps(trm_batch(B=4000, T=1))
+    assert (drawn > 1).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert set(drawn.tolist()) == {1, 2, 3, 4}
+
+
+def test_training_takes_a_fresh_sample_only_for_halted_rows(tmp_path, monkeypatch):
+    taken, real = [], trm_deep.compute_loss
+
+    def spy(model, batch, state, args):
+        loss, metrics, new = real(model, batch, state, args)
+        asked = 8 if state is None else int(state["halted"].sum())
+        taken.append((len(batch["rows"]), asked, new["steps"].tolist()))
+        return loss, metrics, new
+
+    monkeypatch.setattr(trm_deep, "compute_loss", spy)
+    run("trm_deep", tmp_path)
+    assert [drawn for drawn, _, _ in taken] == [asked for _, asked, _ in taken] == [8, 0, 0, 8, 0, 0]
+    assert [steps[0] for _, _, steps in taken] == [1, 2, 3, 1, 2, 3]
+
+
+def test_the_halting_head_learns_who_is_right():
+    torch.manual_seed(0)
+    model, batch = trm(causal=False), trm_batch(B=8)
+    optimizer = torch.optim.Adam(model.q_head.parameters(), lr=0.1)
+    model.requires_grad_(False)
+    model.q_head.requires_grad_(True)
+    with torch.no_grad():  # the first half of the rows is right from the start
+        batch["labels"][:4] = step(model, batch)[1]["logits"][:4]
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss, metrics, state = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+    assert state["halted"].tolist() == [True] * 4 + [False] * 4 and metrics["q_halt_loss"][0] / 8 < 0.2
+
+
+# ==== trm_deep.py: data ==============================================================================================
+
+
+def test_the_built_in_world_follows_its_rule():
+    """One story at a time, bit by bit, from the words of the docstring."""
+
+    def tell(opening):
+        story = [opening]
+        for t in range(12):
+            first = max(0, t - (1 + 2 * story[t][0] + story[t][1]))
+            second = max(0, first - (1 + 2 * story[first][0] + story[first][1]))
+            u = [story[t][i] if i % 2 == 0 else story[second][i] for i in range(16)]
+            story.append([u[i - 1] ^ (u[i] | u[(i + 1) % 16]) for i in range(16)])
+        return story
+
+    train, val = trm_deep.make_world()
+    for bits in (train["bits"][::5000], val["bits"][::500]):
+        for story in bits:
+            assert story.tolist() == tell(story[0].tolist())
+    number = {split: stories["bits"][:, 0] @ (1 << np.arange(16)) for split, stories in (("t", train), ("v", val))}
+    assert sorted(np.concatenate([number["t"], number["v"]])) == list(range(2**16))
+    assert all(int(n) * 2654435761 // 128 % 16 == 0 for n in number["v"]) and len(number["v"]) > 4000
+
+
+def test_a_sentence_is_right_when_its_signs_decode():
+    Q = trm_deep.codebook(0)
+    assert np.allclose(Q @ Q.T, np.eye(16), atol=1e-6)
+    bits = np.random.default_rng(0).integers(0, 2, (2, 3, 16))
+    labels = torch.from_numpy(((2 * bits - 1) @ Q * (96 / 16) ** 0.5).astype(np.float32))
+    assert labels.square().mean().item() == pytest.approx(1.0, rel=1e-5)  # predicting zero scores 1
+    wrong = labels.clone()
+    wrong[1, 2] -= torch.from_numpy((2 * bits[1, 2, 5] - 1) * Q[5]).float() * 3  # one sign of one sentence turned over
+    positions, rows = trm_deep.is_right(0.1 * wrong, labels, TrmArgs(data_folder=None))
+    assert positions.tolist() == [[True] * 3, [True, True, False]] and rows.tolist() == [True, False]
+    args = TrmArgs(halt_cosine=0.9)
+    assert (
+        trm_deep.is_right(0.1 * labels, labels, args)[1].all() and not trm_deep.is_right(-labels, labels, args)[1].any()
+    )
+
+
+def folder_with(folder, chunks):
+    folder.mkdir(exist_ok=True)
+    for name, value in chunks.items():
+        if name.endswith(".npy"):
+            np.save(folder / name, value)
+        else:
+            torch.save(value, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype):
+    parts = {i: torch.randn(3, 5, 4).to(dtype) for i in (0, 2, 10)}
+    chunks = {f"train_embeddings_chunk_{i}.pt": part for i, part in parts.items()}
+    folder = folder_with(
+        tmp_path, {**chunks, "val_embeddings_chunk_0.pt": torch.randn(2, 5, 4).to(dtype), "other.pt": 1}
+    )
+    train, val = trm_deep.open_folder(folder)
+    assert torch.equal(train["sequence"][np.arange(9)], torch.cat([parts[0], parts[2], parts[10]]).float())
+    assert len(val["sequence"]) == 2
+    if Path("/proc/self/maps").exists():
+        assert str(folder / "train_embeddings_chunk_10.pt") in Path("/proc/self/maps").read_text()
+
+
+def test_npy_chunks_and_a_held_out_tenth(tmp_path):
+    whole = np.random.default_rng(0).standard_normal((30, 4, 6)).astype(np.float16)
+    chunks = {"train_embeddings_chunk_0.npy": whole[:21], "train_embeddings_chunk_1.npy": whole[21:]}
+    train, val = trm_deep.open_folder(folder_with(tmp_path, chunks))
+    assert np.array_equal(train["sequence"][np.arange(27)], whole[:27].astype(np.float32))
+    assert np.array_equal(val["sequence"][np.arange(3)], whole[27:].astype(np.float32))
+
+
+def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
+    x = torch.randn(20, 7, 8)
+    cases = {
+        "one": (x, True),
+        "two_shifted": ({"input_embeddings": x[:, :-1].clone(), "labels": x[:, 1:].half().float()}, True),
+        "separate": ({"input_embeddings": x, "labels": torch.randn(20, 7, 4)}, False),
+    }
+    for name, (value, causal) in cases.items():
+        if name == "two_shifted":
+            value["input_embeddings"] = value["input_embeddings"].half().float()
+        folder = folder_with(tmp_path / name, {"train_embeddings_chunk_0.pt": value})
+        lines = run("trm_deep", tmp_path / f"run_{name}", f"--data_folder {folder}")
+        assert load(tmp_path / f"run_{name}")["config"]["causal"] is causal
+        assert lines[-1]["split"] == "final" and ("copy_loss" in lines[-1]) is causal
+
+
+x3 = torch.zeros(3, 5, 4)
+BAD_FOLDERS = {
+    "no such folder": None,
+    "no training files": {"val_embeddings_chunk_0.pt": x3},
+    "train_embeddings_chunk_1.pt: samples of shape": {
+        "train_embeddings_chunk_0.pt": x3,
+        "train_embeddings_chunk_1.pt": x3[:, :4],
+    },
+    "val_embeddings_chunk_0.pt: samples of shape": {
+        "train_embeddings_chunk_0.pt": x3,
+        "val_embeddings_chunk_0.pt": x3[..., :2],
+    },
+    "is torch.int64 [3, 5, 4], expected a float": {"train_embeddings_chunk_0.pt": x3.long()},
+    "is torch.float32 [3, 5], expected": {"train_embeddings_chunk_0.pt": x3[..., 0]},
+    "is torch.float32 [0, 5, 4], expected": {"train_embeddings_chunk_0.pt": x3[:0]},
+    "holds keys ['labels'], expected": {"train_embeddings_chunk_0.pt": {"labels": x3}},
+    "holds list, expected": {"train_embeddings_chunk_0.pt": [x3]},
+    "expected the same N and T": {"train_embeddings_chunk_0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
+    "sequences of one embedding": {"train_embeddings_chunk_0.pt": x3[:, :1]},
+    "one training sequence in all": {"train_embeddings_chunk_0.pt": x3[:1]},
+    "sample 2 is not finite": {"train_embeddings_chunk_0.pt": torch.cat([x3[:1], x3[:2] / 0])},
+    "cannot be read": {"train_embeddings_chunk_0.pt": Path},  # pickled code: refused by weights_only
+}
+
+
+@pytest.mark.parametrize("message", BAD_FOLDERS)
+def test_bad_data_is_one_line_that_names_the_file(tmp_path, message):
+    folder = tmp_path / "data"
+    if BAD_FOLDERS[message]:
+        folder_with(folder, BAD_FOLDERS[message])
+    with pytest.raises(SystemExit) as stop:
+        run("trm_deep", tmp_path / "run", f"--data_folder {folder}")
+    text = stop.value.code
+    assert text.startswith(f"error: {folder}") and message in text and "expected" in text and "\n" not in text
+
+
+def test_a_file_that_is_no_tensor_and_one_that_was_cut_short(tmp_path):
+    torch.save(torch.randn(50, 5, 4), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for content in (b"", b"not a tensor", whole[: len(whole) // 2]):
+        (tmp_path / "train_embeddings_chunk_0.pt").write_bytes(content)
+        with pytest.raises(DataError, match="train_embeddings_chunk_0.pt: cannot be read .*, expected"):
+            trm_deep.open_folder(tmp_path)
+
+
+# ==== trm_deep.py: prediction ========================================================================================
+
+
+def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path):
+    run("trm_deep", tmp_path / "run", "--hidden_size 96")
+    prefix = np.random.default_rng(0).standard_normal((2, 4, 96)).astype(np.float32)
+    np.save(tmp_path / "in.npy", prefix)
+    words = f"--eval_only --predict {tmp_path / 'in.npy'} {tmp_path / 'out.npy'} --rollout 3"
+    run("trm_deep", tmp_path / "run", words, tiny=False)
+
+    checkpoint = load(tmp_path / "run", "best.pt")
+    model = trm_deep.Model(trm_deep.Config(**checkpoint["config"])).eval()
+    model.load_state_dict(checkpoint["model"])
+    sequence = torch.from_numpy(prefix)
+    with torch.no_grad():
+        for _ in range(3):
+            carry, batch = None, {"input_embeddings": sequence}
+            for _ in range(3):  # --halt_max_steps 3
+                carry, outputs = step(model, batch, carry)
+            sequence = torch.cat([sequence, outputs["logits"][:, -1:]], 1)
+    rolled = np.load(tmp_path / "out.npy")
+    assert rolled.shape == (2, 3, 96) and np.allclose(rolled, sequence[:, 4:].numpy(), atol=1e-5)
+
+    with pytest.raises(SystemExit, match="out.npy: exists already"):
+        run("trm_deep", tmp_path / "run", words, tiny=False)
+    np.save(tmp_path / "one.npy", prefix[0])
+    run("trm_deep", tmp_path / "run", f"--eval_only --predict {tmp_path / 'one.npy'} {tmp_path / 'o.npy'}", tiny=False)
+    assert np.allclose(np.load(tmp_path / "o.npy"), rolled[0, :1], atol=1e-5)
+    np.save(tmp_path / "bad.npy", prefix[..., :5])
+    with pytest.raises(SystemExit, match="bad.npy: shape .2, 4, 5., expected"):
+        run(
+            "trm_deep",
+            tmp_path / "run",
+            f"--eval_only --predict {tmp_path / 'bad.npy'} {tmp_path / 'b.npy'}",
+            tiny=False,
+        )
+
+
+# ==== the shared part: proven through each script ====================================================================
+
+
+def test_the_shared_part_is_identical_in_all_scripts():
+    tails = {(HERE / f"{name}.py").read_text().split("\n# ==== shared")[1] for name in SCRIPTS}
+    assert len(tails) == 1
+
+
+@each_script
+def test_a_run_writes_its_lines_and_a_loadable_checkpoint(script, tmp_path):
+    lines = run(script, tmp_path)
+    assert [(line["split"], line["step"]) for line in lines] == [
+        *[("val", 0), ("train", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4), ("train", 5), ("train", 6)],
+        *[("val", 6), ("final", 6)],
+    ]
+    train = [line for line in lines if line["split"] == "train"]
+    assert all({"loss", "lr", "grad_norm", "samples", "seconds"} <= line.keys() for line in train)
+    assert [line["samples"] for line in train] == [8, 16, 24, 32, 40, 48]
+    checkpoint = load(tmp_path)
+    assert {
+        "script",
+        "step",
+        "config",
+        "args",
+        "model",
+        "ema",
+        "optimizer",
+        "scaler",
+        "rng",
+        "state",
+    } <= checkpoint.keys()
+    assert {"best", "wandb_id"} <= checkpoint.keys() and checkpoint["script"] == script and checkpoint["step"] == 6
+    best = min((line["loss"], line["step"]) for line in lines if line["split"] == "val")
+    assert (
+        (checkpoint["best"]["loss"], checkpoint["best"]["step"])
+        == best
+        == (lines[-1]["best_loss"], lines[-1]["best_step"])
+    )
+    assert load(tmp_path, "best.pt")["step"] == best[1]
+
+
+def test_trm_metrics_are_the_ones_of_the_design(tmp_path):
+    lines = run("trm_deep", tmp_path, "--curriculum_end_step 4 --eval_samples 400")
+    train, final = lines[3], lines[-1]
+    assert {"loss", "step_0_loss", "step_1_loss", "q_halt_loss", "supervision_weight"} <= train.keys()
+    assert {"loss", "step_0_loss", "step_1_loss", "exact_acc", "zero_loss", "mean_loss", "copy_loss"} <= final.keys()
+    assert final["loss"] == final["step_1_loss"] and final["zero_loss"] == pytest.approx(1.0, rel=1e-4)
+    assert 0.05 < final["no_memory_exact_acc"] < 0.15 and 0.4 < final["opening_exact_acc"] < 0.65
+    weights = [line["supervision_weight"] for line in lines if line["split"] == "train"]
+    assert weights == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
+    steps = [line["mean_steps"] for line in lines if "mean_steps" in line]
+    assert steps == [3.0, 3.0]  # two lines in which rows halted, all at the third step
+
+
+@each_script
+def test_a_seed_decides_everything_and_evaluating_changes_nothing(script, tmp_path):
+    once = run(script, tmp_path / "a", "--ema_decay 0.9")
+    again = run(script, tmp_path / "b", "--ema_decay 0.9 --eval_interval 1 --eval_samples 5")
+    train = [[line for line in without_time(lines) if line["split"] == "train"] for lines in (once, again)]
+    assert train[0] == train[1]
+    assert same(load(tmp_path / "a")["model"], load(tmp_path / "b")["model"])
+    other = run(script, tmp_path / "c", "--ema_decay 0.9 --seed 1")
+    assert other[1]["loss"] != once[1]["loss"]
+
+
+def interrupt(monkeypatch, script, at, number=signal.SIGTERM):
+    """Send this process a signal while update `at` is under way."""
+    module, count = SCRIPTS[script], [0]
+    real = module.compute_loss
+
+    def spy(*inputs):
+        count[0] += 1
+        if count[0] == at:
+            os.kill(os.getpid(), number)
+        return real(*inputs)
+
+    monkeypatch.setattr(module, "compute_loss", spy)
+
+
+@each_script
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_resumed_equals_uninterrupted_to_the_last_bit(script, tmp_path, monkeypatch, capsys, number, code):
+    """Stopped inside a log interval and inside the life of the carried rows; the means of the open line go on too."""
+    flags = "--max_train_steps 10 --log_interval 4 --save_interval 0 --ema_decay 0.9 --grad_accum 2"
+    whole = run(script, tmp_path / "whole", flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        interrupt(patch, script, at=2 * 5 - 1, number=number)
+        run(script, tmp_path / "parts", flags)
+    assert stop.value.code == code
+    assert f"--resume --out_dir {tmp_path / 'parts'}" in capsys.readouterr().out
+    assert load(tmp_path / "parts")["step"] == 5
+    parts = run(script, tmp_path / "parts", "--resume", tiny=False)
+    assert without_time(parts) == without_time(whole)
+    one, two = load(tmp_path / "whole"), load(tmp_path / "parts")
+    for name in ("model", "ema", "optimizer", "rng", "state", "best", "step", "sums"):
+        assert same(one[name], two[name]), name
+    assert same(load(tmp_path / "whole", "best.pt")["model"], load(tmp_path / "parts", "best.pt")["model"])
+
+
+@each_script
+def test_resuming_after_a_crash_repeats_no_line(script, tmp_path, monkeypatch):
+    """The process dies at update 5 without a word; the last checkpoint is of step 3, the log goes on to step 4."""
+
+    class PowerCut(Exception):
+        pass
+
+    def crash(*inputs):
+        raise PowerCut
+
+    whole = run(script, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        real, calls = SCRIPTS[script].compute_loss, []
+        patch.setattr(
+            SCRIPTS[script], "compute_loss", lambda *x: (calls.append(1), crash() if len(calls) == 5 else real(*x))[1]
+        )
+        run(script, tmp_path / "parts")
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "spl')  # half a line
+    assert load(tmp_path / "parts")["step"] == 3
+    assert without_time(run(script, tmp_path / "parts", "--resume", tiny=False)) == without_time(whole)
+    again = run(script, tmp_path / "parts", "--resume", tiny=False)  # a finished run resumed is only summed up again
+    assert without_time(again) == without_time(whole)
+    longer = run(script, tmp_path / "parts", "--resume --max_train_steps 8", tiny=False)
+    assert [line["step"] for line in longer if line["split"] == "final"] == [8]
+
+
+@each_script
+def test_resume_refuses_other_flags_by_name_and_takes_the_few_that_may_change(script, tmp_path, capsys):
+    run(script, tmp_path)
+
+    def refused(flags, message, code=2):
+        with pytest.raises(SystemExit) as stop:
+            run(script, tmp_path, flags, tiny=False)
+        assert message in (capsys.readouterr().err if code == 2 else stop.value.code), message
+        assert stop.value.code == 2 or code == 1
+
+    refused("--resume --lr 0.5", "--lr 0.5 conflicts")
+    refused("--resume --seed 4", "--seed 4 conflicts")
+    refused("--resume --batch_size 4", "--batch_size * --grad_accum * processes is 4, expected 8", code=1)
+    refused("", "holds a run; --resume continues it, --overwrite replaces it")
+    lines = run(
+        script, tmp_path, "--resume --batch_size 4 --grad_accum 2 --max_train_steps 8 --log_interval 2", tiny=False
+    )
+    assert lines[-1]["step"] == 8 and lines[-3]["samples"] == 64
+    assert len(run(script, tmp_path, "--overwrite --max_train_steps 1")) == 4
+
+
+@each_script
+def test_accumulating_4_x_8_equals_1_x_32(script, tmp_path):
+    one = run(script, tmp_path / "one", "--batch_size 32")
+    four = run(script, tmp_path / "four", "--batch_size 8 --grad_accum 4")
+    close(one, four, 2e-5)
+    one, four = load(tmp_path / "one"), load(tmp_path / "four")
+    for name, value in one["model"].items():
+        torch.testing.assert_close(four["model"][name], value, atol=1e-5, rtol=1e-3)
+    for name, value in (one["state"] or {}).items():
+        torch.testing.assert_close(four["state"][name], value, atol=1e-2, rtol=1e-2)
+
+
+@each_script
+@pytest.mark.parametrize("flags", ["", "--grad_accum 2 --grad_checkpoint"])
+def test_two_processes_equal_one(script, tmp_path, flags):
+    accum = 2 if "accum" in flags else 1
+    one = run(script, tmp_path / "one", f"--batch_size {8 * accum}")
+    torchrun(2, f"{script}.py {TINY[script]} {COMMON} --batch_size 4 {flags} --out_dir {tmp_path / 'two'}")
+    close(one, lines_of(tmp_path / "two"), 2e-5)
+    state = load(tmp_path / "two")["state"]
+    for name, value in (load(tmp_path / "one")["state"] or {}).items():
+        torch.testing.assert_close(state[name], value, atol=1e-2, rtol=1e-2)
+    # The rows lie in the checkpoint in one order however they were split: one process takes the run over from two.
+    grown = "--resume --max_train_steps 8 --warmup_steps 2"
+    lines = run(script, tmp_path / "two", f"{grown} --batch_size {8 * accum} --grad_accum 1", tiny=False)
+    close(run(script, tmp_path / "one", grown, tiny=False), lines, 1e-4)
+
+
+def test_two_processes_of_the_plain_and_detached_trm(tmp_path):
+    for name, flags in {"plain": "--enable_deep_supervision False", "detached": "--detach_cycles"}.items():
+        one = run("trm_deep", tmp_path / f"{name}1", flags)
+        torchrun(
+            2, f"trm_deep.py {TINY['trm_deep']} {COMMON} --batch_size 4 {flags} --out_dir {tmp_path / (name + '2')}"
+        )
+        close(one, lines_of(tmp_path / f"{name}2"), 2e-5)
+
+
+@each_script
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains_close_to_float32_and_resumes(script, tmp_path, dtype, monkeypatch):
+    flags = "--warmup_steps 1 --max_train_steps 8 --log_interval 8"
+    plain = run(script, tmp_path / "plain", flags)
+    mixed = run(script, tmp_path / "mixed", f"{flags} --dtype {dtype}")
+    assert plain[-1]["loss"] == pytest.approx(mixed[-1]["loss"], rel=0.03)
+    assert all(value.dtype == torch.float32 for value in load(tmp_path / "mixed")["model"].values())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(patch, script, at=4)
+        run(script, tmp_path / "parts", f"{flags} --dtype {dtype}")
+    assert without_time(run(script, tmp_path / "parts", "--resume", tiny=False)) == without_time(mixed)
+
+
+@each_script
+def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, monkeypatch):
+    real, calls = SCRIPTS[script].compute_loss, []
+
+    def poisoned(*inputs):
+        loss, metrics, state = real(*inputs)
+        calls.append(1)
+        return (loss * math.nan if len(calls) == 5 else loss), metrics, state
+
+    monkeypatch.setattr(SCRIPTS[script], "compute_loss", poisoned)
+    with pytest.raises(SystemExit, match="error: step 5: train loss is not finite"):
+        run(script, tmp_path, "--log_interval 100")
+    kept = load(tmp_path)
+    assert kept["step"] == 3 and all(value.isfinite().all() for value in kept["model"].values())
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        trm_deep.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+
+
+@each_script
+def test_a_broken_or_foreign_checkpoint_is_one_line(script, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"nonsense")
+    with pytest.raises(SystemExit, match="ckpt.pt: cannot be read .*, expected the checkpoint"):
+        run(script, tmp_path, "--resume", tiny=False)
+    torch.save({"script": "other"}, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit, match="ckpt.pt: written by other.py, expected"):
+        run(script, tmp_path, "--resume", tiny=False)
+    with pytest.raises(SystemExit, match="no such file, expected the checkpoint"):
+        run(script, tmp_path / "nowhere", "--eval_only", tiny=False)
+
+
+@each_script
+def test_eval_only_repeats_the_best_validation_and_writes_nothing(script, tmp_path, capsys):
+    lines = run(script, tmp_path, "--ema_decay 0.9")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    run(script, tmp_path, "--eval_only", tiny=False)
+    assert f"{lines[-1]['best_loss']:.4f}" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+BAD_FLAGS = {
+    "--lr fast": "'fast', expected a number of at least 0",
+    "--lr inf": "'inf', expected a number of at least 0",
+    "--batch_size 0": "'0', expected an integer of at least 1",
+    "--beta1 1.5": "'1.5', expected a number of at least 0.0 and at most 1.0",
+    "--grad_checkpoint maybe": "'maybe', expected True or False",
+    "--device quantum": "--device quantum",
+    "--resume": "need the --out_dir",
+    "--unknown 1": "unrecognized arguments: --unknown 1",
+}
+BAD_TRM_FLAGS = {
+    "--deep_supervision_weight 0.3": "--deep_supervision_weight needs --enable_deep_supervision",
+    "--detach_cycles": "--detach_cycles needs --enable_deep_supervision",
+    "--enable_deep_supervision --deep_supervision_schedule cubic": "unknown schedule 'cubic'",
+    "--enable_deep_supervision --deep_supervision_schedule 0.5,1": "expected 3 weights",
+    "--enable_deep_supervision --curriculum_start_step 9 --curriculum_end_step 3": "must not come before",
+    "--enable_deep_supervision --detach_cycles --grad_checkpoint": "would only cost time",
+    "--enable_deep_supervision --detach_cycles --deep_supervision_schedule dynamic": "dynamic needs them all",
+    "--hidden_size 30": "must be a multiple of 2 * --num_heads = 8",
+    "--predict a.npy b.npy": "--predict needs --eval_only",
+    "--rollout 3": "--rollout needs --predict",
+}
+
+
+@pytest.mark.parametrize(
+    "script,flags,message",
+    [(script, *item) for script in SCRIPTS for item in BAD_FLAGS.items()]
+    + [("trm_deep", *item) for item in BAD_TRM_FLAGS.items()],
+)
+def test_bad_flags_are_refused_by_the_parser_with_the_reason(script, flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@each_script
+def test_help_names_every_flag_and_the_demonstrations_sizes(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "demonstration" in text and "--learning_rate" in text
+    for flag in re.findall(r'flag\(\s*"(--\w+)"', (HERE / f"{script}.py").read_text()):
+        assert f"{flag} " in text or f"{flag}\n" in text or f"{flag}," in text, flag
+
+
+@each_script
+def test_boolean_flags_work_bare_and_with_a_value(script, tmp_path):
+    assert load_args(run, script, tmp_path / "a", "--grad_checkpoint")["grad_checkpoint"] is True
+    assert load_args(run, script, tmp_path / "b", "--grad_checkpoint False")["grad_checkpoint"] is False
+
+
+def load_args(run, script, out_dir, flags):
+    run(script, out_dir, f"{flags} --max_train_steps 1")
+    return load(out_dir)["args"]
+
+
+@each_script
+def test_wandb_offline_holds_the_metrics_and_disabled_never_imports_it(script, tmp_path):
+    words = [script, "--out_dir", str(tmp_path / "off"), *TINY[script].split(), *COMMON.split()]
+    code = f"import sys, {script}; sys.argv = {words}; {script}.main(); assert 'wandb' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = run(script, tmp_path, "--wandb_mode offline --run_name proof")
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = path.read_bytes()
+    assert path.stem == f"run-{load(tmp_path)['wandb_id']}" and b"proof" in content
+    for line in lines:
+        prefix = {"train": "", "val": "val/", "final": "final/"}[line["split"]]
+        for name in (prefix + name for name in line if name not in ("step", "split")):
+            assert bytes([len(name)]) + name.encode() in content, name  # a protobuf string: its length, then its bytes
+
+
+def test_schedule_is_linear_warm_up_then_cosine():
+    class Args:
+        lr, warmup_steps, max_train_steps, min_lr_ratio = 2.0, 4, 14, 0.1
+
+    assert [trm_deep.learning_rate(at, Args) for at in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert trm_deep.learning_rate(9, Args) == pytest.approx(2.0 * 0.55) and trm_deep.learning_rate(
+        14, Args
+    ) == pytest.approx(0.2)
+
+
+@each_script
+def test_weight_decay_touches_matrices_only_and_the_gradient_is_clipped(script, tmp_path, monkeypatch):
+    lines = run(script, tmp_path, "--grad_clip 0.01 --weight_decay 0.3")
+    groups = load(tmp_path)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    first = load(tmp_path)["optimizer"]["state"]
+    moments = math.sqrt(sum(float(state["exp_avg_sq"].sum()) for state in first.values()))
+    assert moments <= 0.01 < lines[1]["grad_norm"]  # the logged norm is the one before clipping
+
+
+@each_script
+def test_the_moving_average_is_the_formula(script, tmp_path):
+    """Steps 1, 2, 3 saved one by one; the average recomputed from the saved weights."""
+    run(script, tmp_path, "--ema_decay 0.9 --save_interval 1 --max_train_steps 1 --warmup_steps 0 --min_lr_ratio 1")
+    average = None
+    for update in range(3):
+        if update:
+            run(script, tmp_path, f"--resume --max_train_steps {update + 1}", tiny=False)
+        now = load(tmp_path)
+        decay = min(0.9, (1 + update) / (10 + update))
+        if average:
+            average = {name: decay * average[name] + (1 - decay) * value for name, value in now["model"].items()}
+            for name, value in average.items():
+                torch.testing.assert_close(now["ema"][name], value, atol=1e-6, rtol=1e-5)
+        average = now["ema"]
+
+
+def test_micro_batches_weigh_what_they_hold(tmp_path, monkeypatch):
+    """A toy method whose samples hold different numbers of tokens: four micro-batches must equal one big batch."""
+
+    class Toy(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.w = trm_deep.Config(), torch.nn.Parameter(torch.zeros(3, 1))
+
+    def make_data(args):
+        generator = np.random.default_rng(0)
+        dataset = {"x": generator.standard_normal((64, 5, 3)), "length": generator.integers(0, 6, 64)}
+
+        def collate(picked, extra):
+            mask = np.arange(5) < picked["length"][:, None]
+            counts = np.array([mask.sum(), len(mask)])  # a mean over tokens and one over samples
+            return {"x": picked["x"].astype(np.float32), "mask": mask, "counts": counts.astype(np.float32)}
+
+        name = {"train": dataset, "val": dataset, "collate": collate, "config": {}, "baselines": dict}
+        return {**name, "describe": str, "report": str}
+
+    def compute_loss(model, batch, state, args):
+        error = (batch["x"] @ trm_deep.unwrap(model).w).squeeze(-1).sub(1).square()
+        tokens, samples = (error * batch["mask"]).sum(), error[:, 0].sum()
+        counts = torch.stack([batch["mask"].sum(), torch.tensor(len(error))]).clamp(min=1)
+        loss = (batch["share"] * torch.stack([tokens, samples]) / counts).sum()
+        return loss, {"loss": (tokens.detach(), batch["mask"].sum())}, None
+
+    for name, value in {"Model": Toy, "make_data": make_data, "compute_loss": compute_loss}.items():
+        monkeypatch.setattr(trm_deep, name, value)
+    monkeypatch.setattr(trm_deep, "evaluate", lambda *rest: {"loss": 0.0})
+    flags = f"{COMMON} --weight_decay 0"
+    one = run("trm_deep", tmp_path / "1", f"{flags} --batch_size 16", tiny=False)
+    four = run("trm_deep", tmp_path / "4", f"{flags} --batch_size 4 --grad_accum 4", tiny=False)
+    close(one, four, 1e-5)
+    x, n = make_data(None)["train"]["x"], make_data(None)["train"]["length"]
+    index = sample_index(np.zeros(16, np.int64), np.arange(16), 16, 64, 0)
+    mask = np.arange(5) < n[index][:, None]
+    gradient = (-2 * x[index][mask]).mean(0) + (-2 * x[index][:, 0]).mean(0)  # of both means at w = 0
+    assert one[1]["grad_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+
+
+# ==== the commands as typed ==========================================================================================
+
+
+def test_exit_codes_and_streams_of_the_real_command(tmp_path):
+    done = shell(
+        f"python trm_deep.py {TINY['trm_deep']} {COMMON} --deep_supervision_schedule linear_decay --out_dir {tmp_path / 'a'}"
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert re.search(r"^Step 6/6, Train Loss: \d\.\d{4} \| Steps: \['\d\.\d{4}', '\d\.\d{4}'\]$", done.stdout, re.M)
+    done = shell(f"python trm_deep.py --data_folder {tmp_path / 'none'}")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert shell("python trm_deep.py --lr x").returncode == 2
+
+
+def test_the_top_level_is_the_one_the_owner_fixed():
+    names = "nepa_deep.py trm_deep.py jepa_lm.py data.py test_all.py requirements.txt README.md".split()
+    tracked = shell("git ls-files").stdout.split() or names
+    assert {name for name in tracked if not name.startswith(".")} <= set(names)
+    wanted = ["torch", "numpy", "wandb", "tqdm"]
+    assert [line.split("==")[0] for line in (HERE / "requirements.txt").read_text().split()] == wanted
