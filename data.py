@@ -10,6 +10,7 @@ anything that a collate function turns into a batch. Three rules make every run 
 - One batch is always being made ahead in a background thread, in pinned memory when the device is CUDA.
 """
 
+import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,6 +110,14 @@ def make_batch(dataset, index, extra, collate, pin):
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
+def background(device):
+    """One thread; on CUDA it pins memory for this process's device and not for the first one."""
+    cuda = torch.device(device).type == "cuda"
+    return ThreadPoolExecutor(
+        1, initializer=torch.cuda.set_device if cuda else None, initargs=(device,) if cuda else ()
+    )
+
+
 class Loader:
     """Training batches without end, made in request order in a background thread.
 
@@ -119,7 +128,7 @@ class Loader:
     def __init__(self, dataset, num_rows, seed, device, collate=None):
         self.dataset, self.size, self.num_rows, self.seed = dataset, size_of(dataset), num_rows, seed
         self.device, self.collate = torch.device(device), collate
-        self.thread, self.queue = ThreadPoolExecutor(1), deque()
+        self.thread, self.queue = background(device), deque()
 
     def request(self, first_row, turns, wanted=None):
         """Start making a batch: rows first_row, first_row + 1, ... take their turns[i]-th sample.
@@ -127,8 +136,9 @@ class Loader:
         turns: int64 tensor [n] on any device; wanted: bool tensor [n], which rows take one at all (None: every row).
         A CUDA tensor is copied without waiting: the thread waits for the copy, the caller goes on to the backward pass.
         """
-        copies = [None if t is None else t.to("cpu", non_blocking=True) for t in (turns, wanted)]
-        copied = torch.cuda.Event() if self.device.type == "cuda" else None
+        cuda = self.device.type == "cuda"
+        copies = [None if t is None else t.to("cpu", non_blocking=cuda) for t in (turns, wanted)]
+        copied = torch.cuda.Event() if cuda else None
         if copied:
             copied.record()
         self.queue.append(self.thread.submit(self._make, first_row, *copies, copied))
@@ -154,14 +164,13 @@ def fixed_batches(dataset, batch_size, device, rank=0, world=1, limit=0, collate
     This process gets batches rank, rank + world, ... of the whole pass.
     """
     size = min(size_of(dataset), limit or size_of(dataset))
-    starts = range(rank * batch_size, size, world * batch_size)
     pin = torch.device(device).type == "cuda"
-    with ThreadPoolExecutor(1) as thread:
-        ahead = deque()
-        for start in [*starts, None]:
+    with background(device) as thread:
+        ahead = None
+        for start in itertools.chain(range(rank * batch_size, size, world * batch_size), [None]):
+            now, ahead = ahead, None
             if start is not None:
                 index = np.arange(start, min(start + batch_size, size))
-                ahead.append(thread.submit(make_batch, dataset, index, {}, collate, pin))
-            if len(ahead) == 2 or (ahead and start is None):
-                batch = ahead.popleft().result()
-                yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                ahead = thread.submit(make_batch, dataset, index, {}, collate, pin)
+            if now is not None:
+                yield {name: value.to(device, non_blocking=True) for name, value in now.result().items()}

@@ -1096,6 +1096,24 @@ def test_two_processes_of_the_plain_and_detached_trm(tmp_path):
         close(one, lines_of(tmp_path / f"{name}2"), 2e-5)
 
 
+def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+    """SIGTERM to torchrun, as a cluster sends it: both save after the same update."""
+    out = tmp_path / "run"
+    words = f"-m torch.distributed.run --standalone --nproc_per_node 2 trm_deep.py {TINY['trm_deep']} {COMMON}"
+    words += f" --batch_size 4 --max_train_steps 100000 --eval_interval 100000 --save_interval 0 --out_dir {out}"
+    process = subprocess.Popen([sys.executable, *words.split()], cwd=HERE, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        time.sleep(0.1)
+        if (out / "metrics.jsonl").exists() and len(lines_of(out)) > 5:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    stopped = load(out)["step"]
+    assert stopped >= 5 and lines_of(out)[-1]["step"] == stopped
+    lines = run("trm_deep", out, f"--resume --batch_size 8 --max_train_steps {stopped + 2}", tiny=False)
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, stopped + 3))
+
+
 @each_script
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_trains_close_to_float32_and_resumes(script, tmp_path, dtype, monkeypatch):
@@ -1166,7 +1184,7 @@ BAD_FLAGS = {
     "--lr fast": "'fast', expected a number of at least 0",
     "--lr inf": "'inf', expected a number of at least 0",
     "--batch_size 0": "'0', expected an integer of at least 1",
-    "--beta1 1.5": "'1.5', expected a number of at least 0.0 and at most 1.0",
+    "--beta1 1.5": "'1.5', expected a number of at least 0.0 and at most 0.999999",
     "--grad_checkpoint maybe": "'maybe', expected True or False",
     "--device quantum": "--device quantum",
     "--resume": "need the --out_dir",
@@ -1234,6 +1252,8 @@ def test_wandb_offline_holds_the_metrics_and_disabled_never_imports_it(script, t
         prefix = {"train": "", "val": "val/", "final": "final/"}[line["split"]]
         for name in (prefix + name for name in line if name not in ("step", "split")):
             assert bytes([len(name)]) + name.encode() in content, name  # a protobuf string: its length, then its bytes
+    run(script, tmp_path, "--resume --max_train_steps 7", tiny=False)
+    assert {each.name for each in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {path.name}  # the same run goes on
 
 
 def test_schedule_is_linear_warm_up_then_cosine():
@@ -1318,9 +1338,8 @@ def test_micro_batches_weigh_what_they_hold(tmp_path, monkeypatch):
 
 
 def test_exit_codes_and_streams_of_the_real_command(tmp_path):
-    done = shell(
-        f"python trm_deep.py {TINY['trm_deep']} {COMMON} --deep_supervision_schedule linear_decay --out_dir {tmp_path / 'a'}"
-    )
+    flags = f"{TINY['trm_deep']} {COMMON} --deep_supervision_schedule linear_decay"
+    done = shell(f"python trm_deep.py {flags} --out_dir {tmp_path / 'a'}")
     assert done.returncode == 0 and not done.stderr
     assert re.search(r"^Step 6/6, Train Loss: \d\.\d{4} \| Steps: \['\d\.\d{4}', '\d\.\d{4}'\]$", done.stdout, re.M)
     done = shell(f"python trm_deep.py --data_folder {tmp_path / 'none'}")
@@ -1328,9 +1347,76 @@ def test_exit_codes_and_streams_of_the_real_command(tmp_path):
     assert shell("python trm_deep.py --lr x").returncode == 2
 
 
-def test_the_top_level_is_the_one_the_owner_fixed():
-    names = "nepa_deep.py trm_deep.py jepa_lm.py data.py test_all.py requirements.txt README.md".split()
+def test_the_top_level_holds_what_the_readme_lists_and_no_more():
+    names = ["nepa_deep.py", "trm_deep.py", "jepa_lm.py", "data.py", "test_all.py", "requirements.txt", "README.md"]
     tracked = shell("git ls-files").stdout.split() or names
     assert {name for name in tracked if not name.startswith(".")} <= set(names)
     wanted = ["torch", "numpy", "wandb", "tqdm"]
     assert [line.split("==")[0] for line in (HERE / "requirements.txt").read_text().split()] == wanted
+
+
+# ==== the benchmark: python test_all.py ==============================================================================
+
+
+def compare(variants, rounds=5):
+    """Median seconds of each variant (name -> function), taken in turns so that a busy machine slows all alike."""
+    times = {name: [] for name in variants}
+    for _ in range(rounds + 1):  # the first round warms up
+        for name, run_once in variants.items():
+            start = time.perf_counter()
+            run_once()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(values[1:])[rounds // 2] for name, values in times.items()}
+
+
+def benchmark_trm():
+    """Deep supervision's cost in time and memory, and one causal pass against a pass per position."""
+    sizes = {"vocab_size": 256, "hidden_size": 256, "num_heads": 8, "L_layers": 4, "L_cycles": 3}
+    batch = trm_batch(4, 32, 256)
+    print(
+        "\ntrm_deep.py: one update, hidden 256, 4 layers, L_cycles 3, float32; saved: bytes autograd keeps, at the peak"
+    )
+    print(f"{'H':>2}  {'variant':34}{'time':>7}{'ideal':>7}{'saved':>7}   (ratios to H 3 without deep supervision)")
+    base = {}
+    for H in (3, 5):
+        model = trm(**sizes, H_cycles=H)
+
+        def update(model=model, H=H, **flags):
+            model.grad_checkpoint = flags.pop("grad_checkpoint", False)
+            loss_of(model, batch, H_cycles=H, L_cycles=3, **flags)[0].backward()
+            model.zero_grad()
+
+        flags = {
+            "no deep supervision": {"enable_deep_supervision": False},
+            "deep, full graph": {},
+            "deep, --grad_checkpoint": {"grad_checkpoint": True},
+            "deep, --detach_cycles": {"detach_cycles": True},
+            "deep, --L_cycle_supervision 0.5": {"L_cycle_supervision": 0.5},
+        }
+        # A cycle costs 1 forward, 2 backward, and 1 more forward when it is recomputed.
+        ideal = dict(zip(flags, (H + 2, 3 * H, 4 * H, 3 * H, 3 * H), strict=True))
+        times = compare({name: (lambda kw=kw: update(**kw)) for name, kw in flags.items()})
+        for name, kw in flags.items():
+            saved = peak_saved_bytes(lambda kw=kw: update(**kw))
+            base = base or {"time": times[name], "ideal": ideal[name], "saved": saved}
+            ratios = (times[name] / base["time"], ideal[name] / base["ideal"], saved / base["saved"])
+            print(f"{H:>2}  {name:34}" + "".join(f"{ratio:7.2f}" for ratio in ratios))
+
+    model = trm(**sizes)
+
+    def per_position():
+        for t in range(32):
+            prefix = {name: value[:, : t + 1] for name, value in batch.items()}
+            F.mse_loss(step(model, prefix, t=t)[1]["logits"], batch["labels"][:, t : t + 1]).backward()
+
+    def one_pass():
+        F.mse_loss(step(model, batch)[1]["logits"], batch["labels"]).backward()
+
+    times = compare({"one pass": one_pass, "a pass per position": per_position}, rounds=3)
+    print(
+        f"32 positions: a pass for each costs {times['a pass per position'] / times['one pass']:.1f}x one causal pass"
+    )
+
+
+if __name__ == "__main__":
+    benchmark_trm()

@@ -43,7 +43,7 @@ from data import Concat, DataError, Loader, fixed_batches, make_batch, mix, size
 
 @dataclasses.dataclass
 class Config:
-    """The model's shape. Sizes are in numbers, cycles and steps in counts."""
+    """What defines the model; the names are the published configurations'."""
 
     input_size: int = 1024  # D of the embeddings read
     output_size: int = 1024  # D of the embeddings predicted
@@ -60,17 +60,21 @@ class Config:
     learn_init: bool = True  # H_init and L_init; only deep supervision brings a gradient to them
 
     def __post_init__(self):
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size}, expected a multiple of 2 * num_heads = {2 * self.num_heads}"
-            )
+        heads = 2 * self.num_heads
+        if self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size}, expected a multiple of 2 * num_heads = {heads}")
 
     @classmethod
     def from_dict(cls, names):
-        """Config from the names of the published TRM configurations (vocab_size is the size of an embedding there)."""
+        """Config from a dict in the published configurations' names; what says nothing about the shape is left out.
+
+        vocab_size is an embedding's size there. Raises ValueError for position encodings other than rope.
+        """
+        if names.get("pos_encodings", "rope") != "rope":
+            raise ValueError(f"pos_encodings {names['pos_encodings']!r}, expected 'rope'")
         known = {field.name for field in dataclasses.fields(cls)}
-        size = {"input_size": names["vocab_size"], "output_size": names["vocab_size"]} if "vocab_size" in names else {}
-        return cls(**size, **{name: value for name, value in names.items() if name in known})
+        sizes = dict.fromkeys(("input_size", "output_size"), names.get("vocab_size", cls.input_size))
+        return cls(**sizes | {name: value for name, value in names.items() if name in known})
 
 
 def rms_norm(x):
@@ -154,13 +158,13 @@ class Model(nn.Module):
         data = {name: torch.zeros_like(batch[name]) for name in ("input_embeddings", "labels") if name in batch}
         return {"z_H": zeros, "z_L": zeros, "steps": count, "min_steps": count, "halted": count == 0, **data}
 
-    def forward(self, carry, batch, t=None, enable_deep_supervision=False, latent_logits=False, after_cycle=None):
+    def forward(self, carry, batch, enable_deep_supervision=False, t=None, latent_logits=False, after_cycle=None):
         """One supervision step: halted rows start on their row of batch, the others go on with the data they carry.
 
         carry: from initial_carry or the step before. batch: see initial_carry; in training also `min_steps` int32 [B],
-        before which a new row may not halt (drawn here when absent). t: give the logits of one position only (one pass
-        computes all; causal attention keeps them apart). enable_deep_supervision: a gradient through every cycle, not
-        the last alone. latent_logits: read the head off z_L after every L cycle too. after_cycle(h, logits,
+        before which a new row may not halt (drawn here when absent). enable_deep_supervision: a gradient through every
+        cycle, not the last alone. t: give the logits of one position only (one pass computes all; causal attention
+        keeps them apart). latent_logits: read the head off z_L after every L cycle too. after_cycle(h, logits,
         latent_logits) -> the same two: called after each cycle but the last, whose states are then cut off the graph.
 
         Returns the new carry (detached) and a dict of float32 tensors: logits [B, T, D_out], q_halt_logits [B], and on
@@ -464,10 +468,13 @@ def make_data(args):
     sample = make_batch(val, np.array([0]), {}, collate, pin=False)
     sizes = {"input_size": sample["input_embeddings"].shape[2], "output_size": sample["labels"].shape[2]}
     names = ("num_heads", "L_layers", "expansion", "H_cycles", "L_cycles", "halt_max_steps", "halt_exploration_prob")
-    causal = predicts_next(train)
+    causal, hidden = predicts_next(train), args.hidden_size or sizes["input_size"]
+    if hidden % (2 * args.num_heads):
+        fitting = f"--hidden_size or --num_heads such that 2 * {args.num_heads} divides it"
+        raise DataError(f"{args.data_folder}: embeddings of size {hidden}, expected {fitting}")
     config = {
         **sizes,
-        "hidden_size": args.hidden_size or sizes["input_size"],
+        "hidden_size": hidden,
         **{name: getattr(args, name) for name in names},
         "causal": causal,
         "halt_position": -1 if causal else 0,  # the first position of a causal model has seen one sentence only
@@ -736,8 +743,8 @@ def add_method_args(parser):
     flag("--rollout", type=number(1), default=1, help="how many embeddings to predict")
     parser.set_defaults(batch_size=8, max_train_steps=1000, lr=1e-4, weight_decay=0.1, ema_decay=0.999)
     demo = {"L_cycles": 1, "L_layers": 1, "num_heads": 4, "halt_max_steps": 1, "batch_size": 32, "lr": 2e-3}
-    demo |= {"weight_decay": 0.01, "beta2": 0.98, "warmup_steps": 50, "min_lr_ratio": 0.05, "ema_decay": 0.0}
-    demo |= {"max_train_steps": 3500, "eval_interval": 500, "eval_samples": 1024}
+    demo |= {"weight_decay": 0.5, "beta2": 0.98, "warmup_steps": 50, "min_lr_ratio": 0.05, "ema_decay": 0.0}
+    demo |= {"max_train_steps": 2500, "eval_interval": 500, "eval_samples": 1024}
 
     def check(args, given):
         deep_only = ("deep_supervision_", "curriculum_", "L_cycle_supervision", "detach_cycles")
@@ -875,18 +882,15 @@ def parse_args():
     flag("--grad_accum", type=number(1), default=1, help="micro-batches per update")
     flag("--max_train_steps", type=number(1), default=1000, help="updates in all")
     flag("--lr", "--learning_rate", type=number(0.0), default=1e-3, help="peak learning rate")
-    flag(
-        "--min_lr_ratio",
-        type=number(0.0, 1.0),
-        default=0.1,
-        help="where the cosine ends, as a part of --lr; 1: constant",
-    )
+    flag("--min_lr_ratio", type=number(0.0, 1.0), default=0.1, help="end of the cosine, in parts of --lr; 1: constant")
     flag("--warmup_steps", type=number(0), default=100, help="updates of linear warm-up")
     flag("--weight_decay", type=number(0.0), default=0.1, help="AdamW's, on matrices only")
-    flag("--beta1", type=number(0.0, 1.0), default=0.9, help="AdamW's")
-    flag("--beta2", type=number(0.0, 1.0), default=0.95, help="AdamW's")
+    flag("--beta1", type=number(0.0, 0.999999), default=0.9, help="AdamW's")
+    flag("--beta2", type=number(0.0, 0.999999), default=0.95, help="AdamW's")
     flag("--grad_clip", type=number(0.0), default=1.0, help="largest norm of the gradient; 0: no limit")
-    flag("--ema_decay", type=number(0.0, 1.0), default=0.0, help="evaluate a moving average of the weights; 0: none")
+    flag(
+        "--ema_decay", type=number(0.0, 0.999999), default=0.0, help="evaluate a moving average of the weights; 0: none"
+    )
     flag("--seed", type=number(0), default=0, help="of the weights, the order and the built-in world")
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="auto (CUDA if there), cpu, cuda, mps, ...")
@@ -921,7 +925,7 @@ def parse_args():
         names = ["best.pt", "ckpt.pt"] if given.get("eval_only") else ["ckpt.pt"]
         path = next((folder / name for name in names if (folder / name).exists()), folder / "ckpt.pt")
         checkpoint = load_checkpoint(path, script)
-        base = checkpoint["args"]
+        base = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "overwrite")}
         for name, value in given.items():
             if given.get("resume") and name not in MAY_CHANGE and value != base.get(name):
                 parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {base.get(name)}")
@@ -1023,7 +1027,7 @@ class Log:
         if checkpoint and path.exists():  # what was logged after the checkpoint will be logged again
             lines = [line for line in path.read_text().splitlines() if self.is_older(line, checkpoint)]
             write_atomically(path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
-        self.file = open(path, "a")
+        self.file = open(path, "a")  # noqa: SIM115 (open as long as the run)
         if args.wandb_mode != "disabled":
             try:
                 import wandb
@@ -1148,27 +1152,33 @@ def train(args, checkpoint):
     def stop_if_broken():
         for name, bad in zip(("loss", "grad_norm"), first_bad.tolist()):
             if bad >= 0:
-                raise DataError(
-                    f"step {bad + 1}: train {name} is not finite, expected a number; the last checkpoint stands"
-                )
+                raise DataError(f"step {bad + 1}: train {name} is not finite, expected a number; the checkpoint stays")
+        if scaler.is_enabled() and scaler.get_scale() < 1:  # it has been halved at every update for a long time
+            raise DataError(f"step {step}: train grad_norm overflows float16, expected finite; try --dtype bfloat16")
 
     def save(name):
         stop_if_broken()
-        kept = gather({"sums": sums, "states": states})
-        in_order = [state for each in kept for state in each["states"]]  # by rows: free of how they are split
-        contents = {"script": Path(__file__).stem, "step": step, "config": dataclasses.asdict(model.config)}
-        contents |= {
+        on_cpu = [state and {key: value.cpu() for key, value in state.items()} for state in states]
+        kept = gather(({key: (float(total), float(n)) for key, (total, n) in sums.items()}, on_cpu))
+        in_order = [state for _, states in kept for state in states]  # by rows, however they are split
+        contents = {
+            "script": Path(__file__).stem,
+            "step": step,
+            "config": dataclasses.asdict(model.config),
             "args": args.flags,
+            "model": model.state_dict(),
+            "ema": ema.state_dict() if ema else None,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "state": in_order[0] and {key: torch.cat([state[key] for state in in_order]) for key in in_order[0]},
+            "sums": [sums for sums, _ in kept],
             "rows": num_rows,
             "evaluated": evaluated,
             "best": best,
+            "seconds": seconds,
             "wandb_id": log.wandb_id,
         }
-        contents |= {"model": model.state_dict(), "ema": ema.state_dict() if ema else None}
-        contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
-        contents |= {"sums": [each["sums"] for each in kept], "seconds": seconds, "state": None}
-        if in_order[0]:
-            contents["state"] = {key: torch.cat([state[key].cpu() for state in in_order]) for key in in_order[0]}
         if rank() == 0:
             write_atomically(out_dir / name, lambda file: torch.save(contents, file))
 
@@ -1238,12 +1248,8 @@ def train(args, checkpoint):
         log.advance()
         if step == 1 or step % args.log_interval == 0 or step == args.max_train_steps:
             stop_if_broken()
-            line = {
-                "lr": learning_rate(step - 1, args),
-                "samples": step * num_rows,
-                "seconds": time.perf_counter() - clock,
-            }
-            log.write(step, "train", means(sums) | line)
+            line = {"lr": learning_rate(step - 1, args), "samples": step * num_rows}
+            log.write(step, "train", means(sums) | line | {"seconds": time.perf_counter() - clock})
             sums = {}
 
     if stop and not done:
