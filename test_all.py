@@ -766,7 +766,7 @@ def test_the_built_in_world_follows_its_rule():
 
 
 def test_a_sentence_is_right_when_its_signs_decode():
-    Q = trm_deep.codebook(0)
+    Q = trm_deep.codebook(0).numpy()
     assert np.allclose(Q @ Q.T, np.eye(16), atol=1e-6)
     bits = np.random.default_rng(0).integers(0, 2, (2, 3, 16))
     labels = torch.from_numpy(((2 * bits - 1) @ Q * (96 / 16) ** 0.5).astype(np.float32))
@@ -1050,6 +1050,8 @@ def test_resume_refuses_other_flags_by_name_and_takes_the_few_that_may_change(sc
 
     refused("--resume --lr 0.5", "--lr 0.5 conflicts")
     refused("--resume --seed 4", "--seed 4 conflicts")
+    refused("--resume --max_train_steps 5", "--max_train_steps 5 lies before the checkpoint, of step 6")
+    refused("--resume --overwrite", "--resume excludes")
     refused("--resume --batch_size 4", "--batch_size * --grad_accum * processes is 4, expected 8", code=1)
     refused("", "holds a run; --resume continues it, --overwrite replaces it")
     lines = run(
@@ -1072,10 +1074,10 @@ def test_accumulating_4_x_8_equals_1_x_32(script, tmp_path):
 
 
 @each_script
-@pytest.mark.parametrize("flags", ["", "--grad_accum 2 --grad_checkpoint"])
+@pytest.mark.parametrize("flags", ["", "--grad_accum 2 --grad_checkpoint --eval_samples 3"])
 def test_two_processes_equal_one(script, tmp_path, flags):
     accum = 2 if "accum" in flags else 1
-    one = run(script, tmp_path / "one", f"--batch_size {8 * accum}")
+    one = run(script, tmp_path / "one", f"{flags} --grad_accum 1 --batch_size {8 * accum}")
     torchrun(2, f"{script}.py {TINY[script]} {COMMON} --batch_size 4 {flags} --out_dir {tmp_path / 'two'}")
     close(one, lines_of(tmp_path / "two"), 2e-5)
     state = load(tmp_path / "two")["state"]
@@ -1187,7 +1189,7 @@ BAD_FLAGS = {
     "--beta1 1.5": "'1.5', expected a number of at least 0.0 and at most 0.999999",
     "--grad_checkpoint maybe": "'maybe', expected True or False",
     "--device quantum": "--device quantum",
-    "--resume": "need the --out_dir",
+    "--resume": "needs the --out_dir",
     "--unknown 1": "unrecognized arguments: --unknown 1",
 }
 BAD_TRM_FLAGS = {
@@ -1199,6 +1201,7 @@ BAD_TRM_FLAGS = {
     "--enable_deep_supervision --detach_cycles --grad_checkpoint": "would only cost time",
     "--enable_deep_supervision --detach_cycles --deep_supervision_schedule dynamic": "dynamic needs them all",
     "--hidden_size 30": "must be a multiple of 2 * --num_heads = 8",
+    "--halt_cosine 0.8": "--halt_cosine needs --data_folder",
     "--predict a.npy b.npy": "--predict needs --eval_only",
     "--rollout 3": "--rollout needs --predict",
 }

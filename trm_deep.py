@@ -350,9 +350,10 @@ def make_stories(openings):
 
 
 @functools.lru_cache
-def codebook(seed):
+def codebook(seed, device="cpu"):
     """Q float32 [16, 96], orthonormal rows drawn from the seed: a sentence reads (2s - 1) @ Q * sqrt(96 / 16)."""
-    return np.linalg.qr(np.random.default_rng(seed).standard_normal((STORY_SIZE, BITS)))[0].T.astype(np.float32)
+    Q = np.linalg.qr(np.random.default_rng(seed).standard_normal((STORY_SIZE, BITS)))[0].T
+    return torch.tensor(Q, dtype=torch.float32, device=device)
 
 
 @functools.lru_cache
@@ -455,8 +456,8 @@ def make_data(args):
 
     def collate(picked, extra):
         if "bits" in picked:
-            scaled = (2 * picked["bits"].astype(np.float32) - 1) * np.float32((STORY_SIZE / BITS) ** 0.5)
-            picked = {"sequence": torch.from_numpy(scaled @ codebook(args.seed))}
+            signs = 2 * torch.from_numpy(picked["bits"]).float() - 1
+            picked = {"sequence": signs @ codebook(args.seed) * (STORY_SIZE / BITS) ** 0.5}
         if "sequence" in picked:  # T + 1 sentences: all but the last are read, all but the first predicted
             picked = {"input_embeddings": picked["sequence"][:, :-1], "labels": picked["sequence"][:, 1:]}
         if "rows" not in extra:
@@ -553,7 +554,7 @@ def is_right(prediction, labels, args):
     if args.data_folder:
         cosine = F.cosine_similarity(prediction, labels, dim=-1)
         return cosine >= args.halt_cosine, cosine.mean(1) >= args.halt_cosine
-    Q = torch.from_numpy(codebook(args.seed)).to(labels.device)
+    Q = codebook(args.seed, labels.device)
     with torch.autocast(labels.device.type, enabled=False):
         right = ((prediction @ Q.T > 0) == (labels @ Q.T > 0)).all(-1)
     return right, right.all(1)
@@ -575,11 +576,10 @@ def compute_loss(model, batch, state, args):
     names = ("input_embeddings", "labels", "min_steps")
     if state is None:
         data = {name: batch[name] for name in names}
-        carry, turn = unwrap(model).initial_carry(data), torch.zeros_like(batch["rows"])
+        state = unwrap(model).initial_carry(data) | {"turn": torch.zeros_like(batch["rows"])}
     else:
         data = {name: state[name].index_copy(0, batch["rows"], batch[name]) for name in names}
-        carry, turn = {name: value for name, value in state.items() if name != "turn"}, state["turn"]
-    turn = turn + carry["halted"]  # how many samples each row has begun
+    turn = state["turn"] + state["halted"]  # how many samples each row has begun
     labels, B, deep = data["labels"], len(data["labels"]), args.enable_deep_supervision
     ramp, latent = curriculum(batch["step"], args), args.L_cycle_supervision / args.L_cycles
     supervision = (args.deep_supervision_schedule, args.deep_supervision_weight, ramp)
@@ -602,7 +602,7 @@ def compute_loss(model, batch, state, args):
         return logits.detach(), [x.detach() for x in latent_logits]
 
     carry, outputs = model(
-        carry,
+        state,
         data,
         enable_deep_supervision=deep,
         latent_logits=latent > 0,
@@ -768,6 +768,8 @@ def add_method_args(parser):
                 parser.error("--detach_cycles holds one cycle's graph at most; --grad_checkpoint would only cost time")
             if args.dtype == "float16" or args.compile == "on":
                 parser.error("--detach_cycles works with neither --dtype float16 nor --compile on")
+        if "halt_cosine" in given and not args.data_folder:
+            parser.error("--halt_cosine needs --data_folder; in the built-in world a right answer decodes exactly")
         if args.predict and not args.eval_only:
             parser.error("--predict needs --eval_only and the --out_dir of a run")
         if "rollout" in given and not args.predict:
@@ -827,11 +829,20 @@ def add(sums, pairs):
         sums[name] = (total + value, n + count)
 
 
+def gather(value):
+    """value of every process (anything that pickles), as a list in order of rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def means(sums):
     """Means over everything added, on all processes; a metric without samples is left out. A CPU-GPU sync point."""
-    pairs = torch.tensor([[float(total), float(count)] for total, count in sums.values()], dtype=torch.float64)
-    pairs = all_reduce(pairs).tolist()
-    return {name: total / count for name, (total, count) in zip(sums, pairs) if count}
+    totals = {}
+    for pairs in gather({name: (float(total), float(count)) for name, (total, count) in sums.items()}):
+        add(totals, pairs)
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 # ---- flags ----
@@ -919,8 +930,10 @@ def parse_args():
     given = {name: value for name, value in parsed.items() if value is not unset}
     base, checkpoint = {} if given.get(data_flag) else demo, None
     if given.get("resume") or given.get("eval_only"):
-        if "out_dir" not in given or given.get("resume") and given.get("eval_only"):
-            parser.error("--resume and --eval_only each need the --out_dir of a run, and one excludes the other")
+        if "out_dir" not in given or given.get("resume") and (given.get("eval_only") or given.get("overwrite")):
+            parser.error(
+                "--resume or --eval_only needs the --out_dir of a run; --resume excludes the other, --overwrite"
+            )
         folder = Path(given["out_dir"])
         names = ["best.pt", "ckpt.pt"] if given.get("eval_only") else ["ckpt.pt"]
         path = next((folder / name for name in names if (folder / name).exists()), folder / "ckpt.pt")
@@ -930,6 +943,10 @@ def parse_args():
             if given.get("resume") and name not in MAY_CHANGE and value != base.get(name):
                 parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {base.get(name)}")
     args = argparse.Namespace(**{**defaults, **base, **given})
+    if given.get("resume") and args.max_train_steps < checkpoint["step"]:
+        parser.error(
+            f"--max_train_steps {args.max_train_steps} lies before the checkpoint, of step {checkpoint['step']}"
+        )
     check(args, given)
     if args.out_dir is None:
         args.out_dir = f"out/{script}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -980,14 +997,6 @@ def load_checkpoint(path, script):
     if written_by != script:
         raise DataError(f"{path}: written by {written_by}.py, expected a checkpoint of {script}.py")
     return checkpoint
-
-
-def gather(value):
-    """value of every process, as a list in order of rank."""
-    values = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
 
 
 # ---- optimizer ----
