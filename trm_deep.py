@@ -9,9 +9,11 @@ The model reads a sequence of sentence embeddings and predicts each next one. No
   python trm_deep.py --data_folder DIR --enable_deep_supervision                             # your embeddings, any GPU
   torchrun --nproc_per_node 8 trm_deep.py --data_folder DIR --enable_deep_supervision        # many GPUs
 
-Without --data_folder it learns a built-in world of "flashback stories" and ends with a line such as
+Without --data_folder it learns a built-in world of "flashback stories". The first command's last lines, seed 0:
 
-@@LAST@@
+  Step 2500/2500, Val Loss: 0.0043 | Steps: ['0.0336', '0.0071', '0.0043'] | Exact: 0.9974
+  validation                                    loss   exact
+  this model                                  0.0043  0.9974
 """
 
 import argparse
@@ -179,8 +181,9 @@ class Model(nn.Module):
         T, device = inputs.shape[1], inputs.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.q_head.weight.dtype
-        # Cast every matrix once per step. Autocast would do it in every recursion and keep all copies for backward, and
-        # before torch 2.11 it could reuse a copy made under no_grad, which silently drops the weight's gradient.
+        # Cast every matrix once per step: cast where it is used, each recursion would make a copy and keep it for
+        # backward (half of all bytes saved). Not left to autocast: before torch 2.11 its cache could hand on a copy
+        # made in a cycle under no_grad, and the weight silently lost its gradient.
         weights = [block.cast(dtype) for block in self.layers]
         cos, sin = rotary(T, c.hidden_size // c.num_heads, device)
 
@@ -222,7 +225,7 @@ class Model(nn.Module):
                     intermediate.append(logits)
 
         # In float32 always. The head reads a detached state: a cross-entropy of .3 beside an MSE of .03 would own z_H
-        # (measured on the built-in world at 3,000 updates: .992 exact detached, .934 not).
+        # (the demonstration with deep supervision, seeds 0 and 1: .998 exact detached, .934 not).
         q = (z_H[:, c.halt_position].detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
         outputs = {"logits": logits, "q_halt_logits": q}
         if enable_deep_supervision:
