@@ -677,7 +677,7 @@ def predict(model, args):
         raise DataError(f"{source}: holds NaN or infinity, expected finite numbers")
     if not c.causal:
         raise DataError(
-            f"{source}: this model was trained on separate labels, expected one that predicts the next input"
+            f"{source}: the model was trained on separate labels, expected one that predicts the next input"
         )
     sequence = prefix.to(args.device).reshape(-1, *prefix.shape[-2:])
     for _ in range(args.rollout):
@@ -709,40 +709,22 @@ def add_method_args(parser):
     flag = parser.add_argument_group("halting").add_argument
     flag("--halt_max_steps", type=number(1), default=10, help="most supervision steps on one sample (N_sup)")
     flag(
-        "--halt_exploration_prob",
-        type=number(0.0, 1.0),
-        default=0.1,
-        help="how often a row must take more than one step",
+        "--halt_exploration_prob", type=number(0.0, 1.0), default=0.1, help="part of the rows that may not halt at once"
     )
     flag("--halt_cosine", type=number(-1.0, 1.0), default=0.9, help="real data: an answer is right from this cosine on")
     flag = parser.add_argument_group("deep supervision").add_argument
     flag("--enable_deep_supervision", **BOOLEAN, help="loss and gradient at every H cycle, not only at the last")
-    flag(
-        "--deep_supervision_weight",
-        type=number(0.0),
-        default=0.5,
-        help="base weight of the cycles before the last; 0: gradient through all of them, loss on the last",
+    schedules = (
+        "constant, linear_decay, exponential_decay, u_shaped, dynamic (by each cycle's own loss), or 0.3,0.4,1.0"
     )
-    flag(
-        "--deep_supervision_schedule",
-        default="constant",
-        help="constant, linear_decay, exponential_decay, u_shaped, dynamic (by each cycle's own loss), or 0.3,0.4,1.0",
-    )
+    flag("--deep_supervision_weight", type=number(0.0), default=0.5, help="base weight of the losses before the last")
+    flag("--deep_supervision_schedule", default="constant", help=schedules)
     flag("--curriculum_start_step", type=number(0), default=0, help="until here only the last cycle's loss counts")
     flag("--curriculum_end_step", type=number(0), default=0, help="from here all count in full; linear between")
     flag("--L_cycle_supervision", type=number(0.0), default=0.0, help="weight of a loss after every L cycle as well")
-    flag(
-        "--detach_cycles",
-        **BOOLEAN,
-        help="a backward pass per cycle: least memory, but another gradient, for none crosses from cycle to cycle",
-    )
+    flag("--detach_cycles", **BOOLEAN, help="a backward pass per cycle: less memory, another gradient (none crosses)")
     flag = parser.add_argument_group("prediction, with --eval_only --out_dir RUN").add_argument
-    flag(
-        "--predict",
-        nargs=2,
-        metavar=("IN.npy", "OUT.npy"),
-        help="continue the sequences in IN.npy, [T, D] or [B, T, D]",
-    )
+    flag("--predict", nargs=2, metavar=("IN.npy", "OUT.npy"), help="continue the sequences [T, D] or [B, T, D] of IN")
     flag("--rollout", type=number(1), default=1, help="how many embeddings to predict")
     parser.set_defaults(batch_size=8, max_train_steps=1000, lr=1e-4, weight_decay=0.1, ema_decay=0.999)
     demo = {"L_cycles": 1, "L_layers": 1, "num_heads": 4, "halt_max_steps": 1, "batch_size": 32, "lr": 2e-3}
@@ -1286,7 +1268,8 @@ def main():
                 torch.cuda.set_device(args.device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
             dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is multiplied on CUDA
+        if args.device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")  # TF32
         if args.eval_only:
             data = make_data(args)
             model = Model(Config(**checkpoint["config"])).to(args.device).eval()
