@@ -554,7 +554,19 @@ def test_gradients_under_amp_equal_float32_ones_for_every_parameter(deep, projec
 
 
 def test_under_amp_every_weight_is_cast_once_per_step():
-    model, batch = trm(), trm_batch()
+    model = trm_deep.Model(trm_deep.Config(24, 16, 16, 2, 2, L_cycles=2))
+    batch, casts = {"input_embeddings": torch.randn(2, 3, 24), "labels": torch.randn(2, 3, 16)}, []
+
+    class Count(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if (
+                isinstance(args[0] if args else None, torch.nn.Parameter)
+                and getattr(out, "dtype", None) == torch.bfloat16
+            ):
+                casts.append(id(args[0]))
+            return out
+
     saved = set()
 
     def pack(tensor):
@@ -562,9 +574,15 @@ def test_under_amp_every_weight_is_cast_once_per_step():
             saved.add(tensor.data_ptr())
         return tensor
 
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        Count(),
+    ):
         outputs = step(model, batch, enable_deep_supervision=True)[1]
     assert len(saved) == 2 and outputs["logits"].dtype == torch.float32  # one copy for each of the two layers
+    matrices = {id(p) for p in model.parameters() if p.ndim == 2 and p is not model.q_head.weight}
+    assert sorted(casts) == sorted(matrices)
 
 
 @pytest.mark.parametrize("amp", [True, False])
@@ -744,6 +762,19 @@ def test_the_halting_head_learns_who_is_right():
     assert state["halted"].tolist() == [True] * 4 + [False] * 4 and metrics["q_halt_loss"][0] / 8 < 0.2
 
 
+def test_a_causal_run_halts_by_the_position_that_has_seen_the_whole_row(tmp_path):
+    run("trm_deep", tmp_path, "--max_train_steps 1")
+    config = load(tmp_path)["config"]
+    assert config["causal"] and config["halt_position"] == -1
+    for position, sees in ((-1, True), (0, False)):
+        model = trm_deep.Model(trm_deep.Config(16, 16, 16, 2, 1, halt_position=position))
+        torch.nn.init.normal_(model.q_head.weight)
+        batch, other = trm_batch(), trm_batch()
+        other["input_embeddings"][:, -1] += 1.0
+        one, two = (step(model, each)[1]["q_halt_logits"] for each in (batch, other))
+        assert torch.equal(one, two) is not sees
+
+
 def test_the_halting_head_reads_the_answer_without_shaping_it():
     model, batch = trm(), trm_batch()
     torch.nn.init.normal_(model.q_head.weight)
@@ -825,10 +856,15 @@ def test_npy_chunks_and_a_held_out_tenth(tmp_path):
 
 def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
     x = torch.randn(20, 7, 8)
+    symbols = torch.randn(4, 8)[torch.randint(4, (20, 7))]
+    symbols[0] = 0.0  # an empty puzzle agrees with itself at every shift
     cases = {
         "one": (x, True),
         "two_shifted": ({"input_embeddings": x[:, :-1].clone(), "labels": x[:, 1:].half().float()}, True),
+        "two_types": ({"input_embeddings": x[:, :-1].bfloat16(), "labels": x[:, 1:].clone()}, True),
+        "two_ahead": ({"input_embeddings": x[:, :-2].clone(), "labels": x[:, 2:].half()}, True),
         "separate": ({"input_embeddings": x, "labels": torch.randn(20, 7, 4)}, False),
+        "puzzles": ({"input_embeddings": symbols, "labels": symbols.flip(0)}, False),
     }
     for name, (value, causal) in cases.items():
         if name == "two_shifted":
@@ -836,7 +872,7 @@ def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
         folder = folder_with(tmp_path / name, {"train_embeddings_chunk_0.pt": value})
         lines = run("trm_deep", tmp_path / f"run_{name}", f"--data_folder {folder}")
         assert load(tmp_path / f"run_{name}")["config"]["causal"] is causal
-        assert lines[-1]["split"] == "final" and ("copy_loss" in lines[-1]) is causal
+        assert lines[-1]["split"] == "final" and ("copy_loss" in lines[-1]) is (name != "separate")
 
 
 x3 = torch.zeros(3, 5, 4)
@@ -912,6 +948,18 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path):
     np.save(tmp_path / "one.npy", prefix[0])
     run("trm_deep", tmp_path / "run", f"--eval_only --predict {tmp_path / 'one.npy'} {tmp_path / 'o.npy'}", tiny=False)
     assert np.allclose(np.load(tmp_path / "o.npy"), rolled[0, :1], atol=1e-5)
+    for name, content in {"zip": b"PK and no zip", "text": b"1 2 3"}.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+        with pytest.raises(SystemExit, match=f"{name}.npy: cannot be read"):
+            run(
+                "trm_deep",
+                tmp_path / "run",
+                f"--eval_only --predict {tmp_path / name}.npy {tmp_path / 'b.npy'}",
+                tiny=False,
+            )
+    np.save(tmp_path / "complex.npy", prefix * 1j)
+    with pytest.raises(SystemExit, match="complex.npy: holds torch.complex64, expected floats"):
+        run("trm_deep", tmp_path / "run", f"--eval_only --predict {tmp_path}/complex.npy {tmp_path}/b.npy", tiny=False)
     np.save(tmp_path / "bad.npy", prefix[..., :5])
     with pytest.raises(SystemExit, match="bad.npy: shape .2, 4, 5., expected"):
         run(
@@ -1062,6 +1110,7 @@ def test_resume_refuses_other_flags_by_name_and_takes_the_few_that_may_change(sc
     refused("--resume --seed 4", "--seed 4 conflicts")
     refused("--resume --max_train_steps 5", "--max_train_steps 5 lies before the checkpoint, of step 6")
     refused("--resume --overwrite", "--resume excludes")
+    refused("--eval_only --seed 4", "--seed 4 conflicts")
     refused("--resume --batch_size 4", "--batch_size * --grad_accum * processes is 4, expected 8", code=1)
     refused("", "holds a run; --resume continues it, --overwrite replaces it")
     lines = run(
@@ -1141,6 +1190,15 @@ def test_mixed_precision_trains_close_to_float32_and_resumes(script, tmp_path, d
 
 
 @each_script
+def test_float16_skips_an_update_that_overflows_and_goes_on(script, tmp_path, monkeypatch):
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: real(*args, init_scale=2.0**40, **kwargs))
+    lines = run(script, tmp_path, "--dtype float16 --max_train_steps 60 --log_interval 30")
+    assert lines[1]["step"] == 1 and "grad_norm" not in lines[1] and lines[-1]["loss"] < lines[0]["loss"]
+    assert load(tmp_path)["scaler"]["scale"] < 2.0**39
+
+
+@each_script
 def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, monkeypatch):
     real, calls = SCRIPTS[script].compute_loss, []
 
@@ -1167,13 +1225,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError):
         trm_deep.write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 @each_script
 def test_a_broken_or_foreign_checkpoint_is_one_line(script, tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"nonsense")
     with pytest.raises(SystemExit, match="ckpt.pt: cannot be read .*, expected the checkpoint"):
+        run(script, tmp_path, "--resume", tiny=False)
+    torch.save({"script": script, "step": 3}, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit, match="ckpt.pt: holds no args, best, .*, expected the checkpoint"):
         run(script, tmp_path, "--resume", tiny=False)
     torch.save({"script": "other"}, tmp_path / "ckpt.pt")
     with pytest.raises(SystemExit, match="ckpt.pt: written by other.py, expected"):
@@ -1199,6 +1260,8 @@ BAD_FLAGS = {
     "--beta1 1.5": "'1.5', expected a number of at least 0.0 and at most 0.999999",
     "--grad_checkpoint maybe": "'maybe', expected True or False",
     "--device quantum": "--device quantum",
+    "--device meta": "--device meta",
+    "--seed 4294967296": "'4294967296', expected an integer of at least 0 and at most 4294967295",
     "--resume": "needs the --out_dir",
     "--unknown 1": "unrecognized arguments: --unknown 1",
 }
@@ -1210,7 +1273,8 @@ BAD_TRM_FLAGS = {
     "--enable_deep_supervision --curriculum_start_step 9 --curriculum_end_step 3": "must not come before",
     "--enable_deep_supervision --detach_cycles --grad_checkpoint": "would only cost time",
     "--enable_deep_supervision --detach_cycles --deep_supervision_schedule dynamic": "dynamic needs them all",
-    "--hidden_size 30": "must be a multiple of 2 * --num_heads = 8",
+    "--hidden_size 30": "--hidden_size 30 must be a multiple of 2 * --num_heads = 8",
+    "--num_heads 5": "--hidden_size 96 must be a multiple of 2 * --num_heads = 10",
     "--halt_cosine 0.8": "--halt_cosine needs --data_folder",
     "--predict a.npy b.npy": "--predict needs --eval_only",
     "--rollout 3": "--rollout needs --predict",
