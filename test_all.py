@@ -1299,7 +1299,7 @@ def test_help_names_every_flag_and_the_demonstrations_sizes(script, capsys, monk
     with pytest.raises(SystemExit) as stop:
         SCRIPTS[script].main()
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "demonstration" in text and "--learning_rate" in text
+    assert stop.value.code == 0 and "demonstration" in text and "--learning_rate" in text and "(default: 0.0)" in text
     for flag in re.findall(r'flag\(\s*"(--\w+)"', (HERE / f"{script}.py").read_text()):
         assert f"{flag} " in text or f"{flag}\n" in text or f"{flag}," in text, flag
 

@@ -884,7 +884,8 @@ BOOLEAN = {"type": true_or_false, "nargs": "?", "const": True, "default": False,
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 # What --resume may be given anew; of batch_size and grad_accum only the product with the processes has to stay.
