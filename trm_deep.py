@@ -909,9 +909,7 @@ def parse_args():
     flag("--beta1", type=number(0.0, 0.999999), default=0.9, help="AdamW's")
     flag("--beta2", type=number(0.0, 0.999999), default=0.95, help="AdamW's")
     flag("--grad_clip", type=number(0.0), default=1.0, help="largest norm of the gradient; 0: no limit")
-    flag(
-        "--ema_decay", type=number(0.0, 0.999999), default=0.0, help="evaluate a moving average of the weights; 0: none"
-    )
+    flag("--ema_decay", type=number(0.0, 0.999999), default=0.0, help="of the averaged weights to evaluate; 0: none")
     flag("--seed", type=number(0, 2**32 - 1), default=0, help="of the weights, the order and the built-in world")
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="auto (CUDA if there), cpu, cuda, mps, ...")
@@ -942,7 +940,7 @@ def parse_args():
     if given.get("resume") or given.get("eval_only"):
         if "out_dir" not in given or given.get("resume") and (given.get("eval_only") or given.get("overwrite")):
             parser.error(
-                "--resume or --eval_only needs the --out_dir of a run; --resume excludes the other, --overwrite"
+                "--resume or --eval_only needs the --out_dir of a run; --resume excludes --eval_only, --overwrite"
             )
         folder = Path(given["out_dir"])
         names = ["best.pt", "ckpt.pt"] if given.get("eval_only") else ["ckpt.pt"]
@@ -955,9 +953,7 @@ def parse_args():
                 parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {base.get(name)}")
     args = argparse.Namespace(**{**defaults, **base, **given})
     if given.get("resume") and args.max_train_steps < checkpoint["step"]:
-        parser.error(
-            f"--max_train_steps {args.max_train_steps} lies before the checkpoint, of step {checkpoint['step']}"
-        )
+        parser.error(f"--max_train_steps {args.max_train_steps} lies before the checkpoint's step {checkpoint['step']}")
     check(args, given)
     if args.out_dir is None:
         args.out_dir = f"out/{script}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
