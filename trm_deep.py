@@ -227,7 +227,7 @@ class Model(nn.Module):
                     intermediate.append(logits)
 
         # In float32 always. The head reads a detached state: a cross-entropy of .3 beside an MSE of .03 would own z_H
-        # (the demonstration with deep supervision, seeds 0 and 1: .998 exact detached, .934 not).
+        # (built-in world, 2,500 updates at lr 2e-3, seeds 0 and 1: .998 exact detached, .934 not).
         q = (z_H[:, c.halt_position].detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
         outputs = {"logits": logits, "q_halt_logits": q}
         if enable_deep_supervision:
@@ -743,7 +743,7 @@ def add_method_args(parser):
     parser.set_defaults(batch_size=8, max_train_steps=1000, lr=1e-4, weight_decay=0.1, ema_decay=0.999)
     demo = {"L_cycles": 1, "L_layers": 1, "num_heads": 4, "halt_max_steps": 1, "batch_size": 32, "lr": 3e-3}
     demo |= {"weight_decay": 0.5, "beta2": 0.98, "warmup_steps": 50, "min_lr_ratio": 0.05, "ema_decay": 0.0}
-    demo |= {"max_train_steps": 1800, "eval_interval": 300, "eval_samples": 1024}
+    demo |= {"max_train_steps": 1500, "eval_interval": 300, "eval_samples": 1024}
 
     def check(args, given):
         deep_only = ("deep_supervision_", "curriculum_", "L_cycle_supervision", "detach_cycles")
