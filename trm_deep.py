@@ -600,8 +600,8 @@ def compute_loss(model, batch, state, args):
 
     # --detach_cycles: the graph of a cycle is used up and freed before the next is built. Its gradients wait here and
     # join the training loop's one backward pass as sum(p * g), whose gradient is g.
-    params = [p for p in model.parameters() if p.requires_grad]
-    waiting = [torch.zeros_like(p) for p in params] if args.detach_cycles else []
+    params = [p for p in model.parameters() if p.requires_grad] if args.detach_cycles else []
+    waiting = [torch.zeros_like(p) for p in params]
 
     def backward_cycle(h, logits, latent_logits):
         alone = [labels] * args.H_cycles  # every other cycle right: the loss that is left is this cycle's
