@@ -68,7 +68,7 @@ def sample_index(turns, rows, num_rows, size, seed):
 class Concat:
     """The tensors of several files seen as one, from start to stop: supports len() and indexing with int64 arrays.
 
-    Indexing gives float32 and raises DataError for a number that is not finite.
+    Indexing gives float32, or integers as they are, and raises DataError for a number that is not finite.
     """
 
     def __init__(self, tensors, files, start=0, stop=None):
@@ -83,10 +83,11 @@ class Concat:
         index = index + self.start
         which = np.searchsorted(self.ends, index, side="right")
         row = index - np.concatenate([[0], self.ends])[which]
-        picked = torch.empty(len(index), *self.tensors[0].shape[1:])
+        dtype = torch.float32 if self.tensors[0].is_floating_point() else self.tensors[0].dtype
+        picked = torch.empty(len(index), *self.tensors[0].shape[1:], dtype=dtype)
         for i in np.unique(which):
             here = np.flatnonzero(which == i)
-            picked[here] = self.tensors[i][row[here]].float()
+            picked[here] = self.tensors[i][row[here]].to(dtype)
         finite = torch.isfinite(picked).flatten(1).all(1)
         if not finite.all():
             bad = int(finite.int().argmin())

@@ -25,13 +25,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import nepa_deep
 import trm_deep
 from data import Concat, DataError, Loader, fixed_batches, mix, permuted, sample_index
 
 HERE = Path(__file__).parent
-SCRIPTS = {"trm_deep": trm_deep}
+SCRIPTS = {"nepa_deep": nepa_deep, "trm_deep": trm_deep}
 # The smallest run of each script that still goes through everything.
-TINY = {"trm_deep": "--hidden_size 32 --num_heads 2 --H_cycles 2 --halt_max_steps 3 --enable_deep_supervision"}
+TINY = {
+    "nepa_deep": "--hidden_size 16 --num_layers 3 --num_heads 2 --patch_size 8 --use_intermediate_loss"
+    " --probe_samples 60",
+    "trm_deep": "--hidden_size 32 --num_heads 2 --H_cycles 2 --halt_max_steps 3 --enable_deep_supervision",
+}
 COMMON = "--device cpu --batch_size 8 --max_train_steps 6 --warmup_steps 2 --eval_interval 3 --eval_samples 20"
 COMMON += " --log_interval 1 --save_interval 3"
 each_script = pytest.mark.parametrize("script", SCRIPTS)

@@ -787,7 +787,8 @@ def add_method_args(parser):
 # Trains whatever stands above. All it uses of it: Config, Model(config), add_method_args(parser),
 # compute_loss(model, batch, state, args) -> loss, metrics, state    evaluate(model, data, args) -> means with a "loss"
 # make_data(args) -> dict: train, val (datasets as data.py wants them), collate, config (Config's fields), baselines()
-# -> metrics of the final line, describe(metrics) -> text for the progress bar, report(metrics) -> text at the end.
+# -> metrics of the final line, describe(metrics) -> text for the progress bar, report(metrics) -> text at the end; and,
+# where a run may start from other weights than random ones, init(model).
 
 
 # ---- processes, precision, metrics ----
@@ -1132,6 +1133,8 @@ def train(args, checkpoint):
     num_rows = args.batch_size * accum * world_size()
     torch.manual_seed(args.seed)
     model = Model(Config(**data["config"])).to(args.device)
+    if "init" in data and not checkpoint:
+        data["init"](model)
     model.grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
     optimizer = make_optimizer(model, args)
