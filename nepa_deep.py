@@ -463,30 +463,32 @@ def download(url, md5, folder):
     """Fetch url, a tar archive with this md5 (hex), into folder and unpack it there. What is there already stays.
 
     A download that broke off goes on where it stopped. Raises DataError when it breaks off, when the checksum differs
-    (only the bad download is removed) and when the archive would write outside the folder.
+    (only a bad download is removed) and when the archive would write outside the folder.
     """
     folder = Path(folder)
     archive = folder / url.rsplit("/", 1)[1]
     part = archive.with_name(archive.name + ".part")
     folder.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
+    fetched = archive if archive.exists() else part
+    if fetched == part:
         fetch(url, part)
-        with open(part, "rb") as file:
-            found = hashlib.md5()
-            while chunk := file.read(1 << 20):
-                found.update(chunk)
-        if found.hexdigest() != md5:
-            part.unlink()
-            raise DataError(f"{url}: md5 {found.hexdigest()}, expected {md5}; the download was removed")
-        os.replace(part, archive)
+    found = hashlib.md5()
+    with open(fetched, "rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    if found.hexdigest() != md5:
+        part.unlink(missing_ok=True)
+        raise DataError(f"{fetched}: md5 {found.hexdigest()}, expected {md5} as of {url}; remove it and try again")
+    os.replace(fetched, archive)
     unpacked = folder / "unpacking"
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")  # refuses what would land outside, links and devices
         for path in unpacked.iterdir():
-            os.replace(path, folder / path.name)
-    except (tarfile.TarError, EOFError) as error:
+            if not (folder / path.name).exists():
+                os.replace(path, folder / path.name)
+    except tarfile.TarError as error:
         raise DataError(f"{archive}: {first_line(error)}, expected an archive of plain files") from None
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -621,10 +623,8 @@ def report(metrics):
     rows = {"this model": "loss_final", "its layers before the last": "loss_intermediate"}
     rows |= {"the best constant": "constant_loss", "the patch before": "copy_loss"}
     lines += [f"{title:32}{metrics[name]:8.4f}" for title, name in rows.items() if name in metrics]
-    lines.append(
-        f"target patches: mean cosine {metrics['embed_cos']:.4f}, effective rank {metrics['effective_rank']:.1f}"
-    )
-    return "\n".join([*lines, describe(metrics)])
+    directions = "target patches: mean cosine {embed_cos:.4f}, effective rank {effective_rank:.1f}".format_map(metrics)
+    return "\n".join([*lines, directions, describe(metrics)])
 
 
 # ---- one update, evaluation -----------------------------------------------------------------------------------------
@@ -831,6 +831,7 @@ def add_method_args(parser):
     demo |= {"eval_interval": 100}
 
     def check(args, given):
+        args.download = bool(given.get("download"))  # a resumed run has its data
         if args.download and not args.data_dir:
             parser.error("--download needs the --data_dir to download to")
         if args.download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
