@@ -128,6 +128,20 @@ def close(lines_a, lines_b, tolerance):
                 assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], a["split"], name)
 
 
+def saved_bytes(run_once, model):
+    """Bytes kept for backward by run_once, the model's parameters left out; several views of one storage count once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = run_once()  # noqa: F841 (held until all is counted)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(storage.nbytes() for at, storage in storages.items() if at not in parameters)
+
+
 # ==== data.py ========================================================================================================
 
 
@@ -1157,11 +1171,16 @@ def test_checkpointing_blocks_gives_the_same_gradient():
     torch.testing.assert_close(*gradients)
 
 
-def gradient_norm(model, images, every_layer):
-    model.zero_grad()
+def loss_at(model, images, every_layer):
+    """The loss with or without the layers before the last."""
     output = model(images, 1.0)
     states = output.hidden_states if every_layer else []
-    nepa_deep.intermediate_loss(output.embedding, states, output.prediction)[0].backward()
+    return nepa_deep.intermediate_loss(output.embedding, states, output.prediction)[0]
+
+
+def gradient_norm(model, images, every_layer):
+    model.zero_grad()
+    loss_at(model, images, every_layer).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
 
 
@@ -1362,24 +1381,11 @@ def test_the_nepa_losses_run_when_pasted_elsewhere():
 def test_the_intermediate_loss_keeps_almost_nothing_more_for_backward(amp):
     model = vit(image_size=32, hidden_size=96, num_heads=3, num_layers=12)
 
-    def saved_bytes(every_layer):
-        storages = {}
+    def saved(every_layer):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return saved_bytes(lambda: loss_at(model, pictures(4, 32, 32), every_layer), model)
 
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                output = model(pictures(4, 32, 32), 1.0)
-                states = output.hidden_states if every_layer else []
-                loss = nepa_deep.intermediate_loss(output.embedding, states, output.prediction)[0]
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        total = sum(storage.nbytes() for at, storage in storages.items() if at not in parameters)
-        loss.backward()
-        return total
-
-    growth = saved_bytes(True) / saved_bytes(False) - 1
+    growth = saved(True) / saved(False) - 1
     assert 0 < growth <= 0.005
 
 
@@ -2295,6 +2301,33 @@ def compare(variants, rounds=9):
     return {name: (sorted(values)[rounds // 2], min(values), max(values)) for name, values in ratios.items()}
 
 
+def benchmark_nepa():
+    """What the loss at every layer costs in time and memory."""
+    model, images = vit(image_size=32, hidden_size=192, num_heads=3, num_layers=12), pictures(16, 32, 32)
+
+    def update(every_layer, grad_checkpoint=False):
+        model.grad_checkpoint = grad_checkpoint
+        loss_at(model, images, every_layer).backward()
+        model.zero_grad()
+
+    runs = {
+        "loss at the last layer": functools.partial(update, False),
+        "loss at every layer": functools.partial(update, True),
+        "every layer, --grad_checkpoint": functools.partial(update, True, True),
+    }
+    times, first = compare(runs), None
+    print("nepa_deep.py: one update, hidden 192, 12 layers, 65 tokens, batch 16, float32, against the last layer alone")
+    print(f"{'variant':32}{'time':>6} (lowest-highest){'ideal':>7}{'saved bytes':>13}{'peak memory':>13}")
+    for (name, run_once), ideal in zip(runs.items(), (1, 1, 4 / 3)):
+        model.grad_checkpoint = "checkpoint" in name
+        saved = saved_bytes(lambda every_layer=first is not None: loss_at(model, images, every_layer), model)
+        now = np.array([saved, peak_bytes(run_once)])
+        first = now if first is None else first
+        middle, low, high = times[name]
+        cells = "".join(f"{ratio:13.4f}" for ratio in now / first)
+        print(f"{name:32}{middle:6.2f}    ({low:.2f}-{high:.2f}){ideal:10.2f}{cells}")
+
+
 def benchmark_trm():
     """Deep supervision's cost in time and memory, and one causal pass against a pass per position."""
     sizes = {"vocab_size": 256, "hidden_size": 256, "num_heads": 8, "L_layers": 4, "L_cycles": 3}
@@ -2342,4 +2375,5 @@ def benchmark_trm():
 
 
 if __name__ == "__main__":
+    benchmark_nepa()
     benchmark_trm()
