@@ -321,19 +321,19 @@ def textures(rng, labels):
     labels: int [N] from 0 to 9; label % 5 is the orientation (0, 45, 90, 135 degrees, or none), label // 5 the period:
     fine, 5 to 6.5 pixels, or coarse, 1.8 times that.
     """
-    n, kind = len(labels), labels % 5
-    frequency = 1 / (rng.uniform(5, 6.5, n) * np.where(labels < 5, 1, 1.8))  # cycles per pixel
-    angle = kind * np.pi / 4 + rng.uniform(-0.12, 0.12, n)
-    fy, fx = np.fft.fftfreq(2 * SIDE)[:, None].astype(np.float32), np.fft.rfftfreq(2 * SIDE).astype(np.float32)
-    y0, x0, f0 = (
-        v.astype(np.float32)[:, None, None] for v in (frequency * np.sin(angle), frequency * np.cos(angle), frequency)
-    )
-    ring = (np.hypot(fy, fx) - f0) ** 2
-    there, opposite = (fy - y0) ** 2 + (fx - x0) ** 2, (fy + y0) ** 2 + (fx + x0) ** 2
-    off = np.where((kind == 4)[:, None, None], ring, np.minimum(there, opposite))
-    noise = rng.standard_normal((2, *off.shape), dtype=np.float32)
-    wave = np.fft.irfft2((noise[0] + 1j * noise[1]) * np.exp(-off / (2 * 0.05**2)), axes=(1, 2))[:, :SIDE, :SIDE]
-    return np.tanh(1.2 * wave / wave.std(axis=(1, 2), keepdims=True)).astype(np.float32)
+    n, kind = len(labels), (labels % 5)[:, None, None]
+    frequency = (
+        1 / (rng.uniform(5, 6.5, n) * np.where(labels < 5, 1, 1.8)).astype(np.float32)[:, None, None]
+    )  # per pixel
+    angle = kind * np.float32(np.pi / 4) + rng.uniform(-0.12, 0.12, (n, 1, 1)).astype(np.float32)
+    y0, x0 = frequency * np.sin(angle), frequency * np.cos(angle)
+    y, x = np.fft.fftfreq(2 * SIDE)[:, None].astype(np.float32), np.fft.rfftfreq(2 * SIDE).astype(np.float32)
+    wave = np.minimum((y - y0) ** 2 + (x - x0) ** 2, (y + y0) ** 2 + (x + x0) ** 2)
+    distance = np.where(kind == 4, (np.hypot(y, x) - frequency) ** 2, wave)  # squared, to the frequencies that are kept
+    noise = rng.standard_normal((2, *distance.shape), dtype=np.float32)
+    spectrum = (noise[0] + 1j * noise[1]) * np.exp(-distance / (2 * 0.05**2))
+    texture = np.fft.irfft2(spectrum, axes=(1, 2))[:, :SIDE, :SIDE]
+    return np.tanh(1.2 * texture / texture.std(axis=(1, 2), keepdims=True)).astype(np.float32)
 
 
 def distractors(rng, n):
@@ -390,9 +390,7 @@ def open_cifar(files):
     for path in files:
         size, record = path.stat().st_size, 1 + 3 * SIDE**2
         if size == 0 or size % record:
-            raise DataError(
-                f"{path}: {size} bytes, expected a multiple of {record}: a label and 3 x 32 x 32 pixels each"
-            )
+            raise DataError(f"{path}: {size} bytes, expected records of {record}: a label and 3 x 32 x 32 pixels")
         records = np.memmap(path, np.uint8, "c").reshape(-1, record)
         labels.append(records[:, 0].astype(np.int64))
         if labels[-1].max() > 9:
@@ -403,23 +401,15 @@ def open_cifar(files):
 
 def open_arrays(folder, prefix=""):
     """Dataset of folder/{prefix}images.npy, uint8 [N, H, W, C], memory-mapped, and {prefix}labels.npy, integers [N]."""
-    arrays = {}
-    for name, ndim, kind in (("images", 4, "u"), ("labels", 1, "iu")):
+    arrays, right = {}, {"images": (4, np.uint8, "uint8 [N, H, W, C]"), "labels": (1, np.integer, "integers [N]")}
+    for name, (ndim, kind, expected) in right.items():
         path = folder / f"{prefix}{name}.npy"
         try:
             array = np.load(path, mmap_mode="r")
         except Exception as error:  # missing, cut short, or objects
-            raise DataError(
-                f"{path}: cannot be read ({first_line(error)}), expected an array saved by np.save"
-            ) from None
-        if (
-            array.ndim != ndim
-            or array.dtype.kind not in kind
-            or 0 in array.shape
-            or ndim == 4
-            and array.dtype != np.uint8
-        ):
-            expected = "uint8 [N, H, W, C]" if ndim == 4 else "integers [N]"
+            what = f"cannot be read ({first_line(error)}), expected an array saved by np.save"
+            raise DataError(f"{path}: {what}") from None
+        if array.ndim != ndim or not np.issubdtype(array.dtype, kind) or 0 in array.shape:
             raise DataError(f"{path}: {array.dtype} {list(array.shape)}, expected {expected} with no empty dimension")
         arrays[name] = array
     arrays["labels"] = labels = arrays["labels"].astype(np.int64)
@@ -501,7 +491,7 @@ def fetch(url, part):
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             have = have if response.status == 206 else 0  # 200: a server that starts from the beginning
-            size = have + int(response.headers["Content-Length"])
+            size = have + int(response.headers.get("Content-Length") or 0)
             with (
                 open(part, "ab" if have else "wb") as file,
                 tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar,
@@ -575,28 +565,16 @@ def make_data(args):
     size = args.image_size or min(height, width)
     if size % args.patch_size:
         raise DataError(f"{args.data_dir}: images of {size} pixels, expected --image_size or --patch_size that divide")
-    names = (
-        "patch_size",
-        "hidden_size",
-        "num_layers",
-        "num_heads",
-        "mlp_hidden",
-        "gated_mlp",
-        "qk_norm",
-        "qk_norm_affine",
-    )
-    names += ("layerscale_value", "rope_rescale")
-    config = {"image_size": size, "num_channels": channels, **{name: getattr(args, name) for name in names}}
-    config["mlp_hidden"] = args.mlp_hidden or 4 * args.hidden_size
+    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
+    config = dataclasses.asdict(Config(**flags | {"image_size": size, "num_channels": channels}))
 
     def init(model):
         if args.init_from:
+            weights = read_weights(args.init_from)
             try:
-                load_official(model, read_weights(args.init_from))
+                load_official(model, weights)
             except ValueError as error:
-                raise DataError(
-                    f"{args.init_from}: {error}" if not isinstance(error, DataError) else str(error)
-                ) from None
+                raise DataError(f"{args.init_from}: {error}") from None
 
     data = {"train": train, "val": val, "collate": collate, "config": config, "init": init}
     return data | {"baselines": lambda: baselines(data, args), "describe": describe, "report": report}
@@ -604,14 +582,9 @@ def make_data(args):
 
 def describe(metrics):
     """One line for the progress bar."""
-    names = {
-        "loss": "Loss",
-        "loss_final": "Final",
-        "loss_intermediate": "Intermediate",
-        "knn_acc": "kNN",
-        "probe_acc": "Probe",
-    }
-    return " | ".join(f"{title}: {metrics[name]:.4f}" for name, title in names.items() if name in metrics)
+    titles = {"loss": "Loss", "loss_final": "Final", "loss_intermediate": "Intermediate"}
+    titles |= {"knn_acc": "kNN", "probe_acc": "Probe"}
+    return " | ".join(f"{title}: {metrics[name]:.4f}" for name, title in titles.items() if name in metrics)
 
 
 def report(metrics):
@@ -649,11 +622,8 @@ def compute_loss(model, batch, state, args):
 
 def by_layer(layers):
     """The layers' losses and their mean, as metrics."""
-    if not layers:
-        return {}
-    return {"loss_intermediate": sum(layers) / len(layers)} | {
-        f"loss_layer_{i}": v for i, v in enumerate(layers, start=1)
-    }
+    named = {f"loss_layer_{i}": loss for i, loss in enumerate(layers, start=1)}
+    return {"loss_intermediate": sum(layers) / len(layers), **named} if layers else {}
 
 
 def features(output, args):
@@ -678,19 +648,14 @@ def evaluate(model, data, args):
     size, D = model.config.image_size, model.config.hidden_size
     sums, known, tested = {}, [], []
     mean, moment, count = torch.zeros(D), torch.zeros(D, D), 0
-    for batch in fixed_batches(
-        data["val"], args.batch_size, args.device, rank(), world_size(), args.eval_samples, data["collate"]
-    ):
+    split = (rank(), world_size(), args.eval_samples)
+    for batch in fixed_batches(data["val"], args.batch_size, args.device, *split, data["collate"]):
         with autocast(args):
             output = model(prepare(batch, size))
         embedding = output.embedding.float()
-        loss, loss_final, layers = intermediate_loss(
-            embedding, output.hidden_states, output.prediction, args.intermediate_loss_weight
-        )
-        values = {"loss": loss if args.use_intermediate_loss else loss_final, "loss_final": loss_final} | by_layer(
-            layers
-        )
-        values["copy_loss"] = prediction_loss(embedding, embedding)
+        loss, loss_final, layers = intermediate_loss(*output, args.intermediate_loss_weight)
+        values = {"loss_final": loss_final, "copy_loss": prediction_loss(embedding, embedding)} | by_layer(layers)
+        values["loss"] = loss if args.use_intermediate_loss else loss_final
         add(sums, weigh(values, len(embedding)))
         units = F.normalize(embedding[:, 1:].flatten(0, 1), dim=1)
         mean, moment, count = mean + units.sum(0).cpu(), moment + (units.T @ units).cpu(), count + len(units)

@@ -1506,7 +1506,7 @@ def binary(contents, name="data_batch_1.bin"):
 
 BAD_IMAGES = {
     "no images, expected images.npy or data_batch_": lambda folder: None,
-    "data_batch_1.bin: 3072 bytes, expected a multiple of 3073": binary(b"\0" * 3072),
+    "data_batch_1.bin: 3072 bytes, expected records of 3073": binary(b"\0" * 3072),
     "data_batch_1.bin: 0 bytes": binary(b""),
     "data_batch_1.bin: record 1 has label 10, expected 0 to 9": binary(b"\0" * 3073 + b"\x0a" + b"\0" * 3072),
     "data_batch_1.bin: 9 images": None,
