@@ -792,7 +792,7 @@ def add_method_args(parser):
     parser.set_defaults(
         batch_size=64, max_train_steps=2000, lr=2e-3, weight_decay=0.05, min_lr_ratio=0.0, ema_decay=0.99
     )
-    demo = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "lr": 1e-3, "max_train_steps": 500, "warmup_steps": 25}
+    demo = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "lr": 1e-3, "max_train_steps": 400, "warmup_steps": 20}
     demo |= {"eval_interval": 100}
 
     def check(args, given):
