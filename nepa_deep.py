@@ -28,10 +28,10 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -46,7 +46,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import Concat, DataError, Loader, fixed_batches, make_batch, mix, size_of
+from data import Concat, DataError, Loader, fixed_batches, make_batch, mix, permuted, size_of
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
@@ -229,10 +229,11 @@ def load_official(model, weights):
             if ours.endswith(("q_norm.bias", "k_norm.bias")):
                 continue
             raise ValueError(f"no weight {missing[0]}, expected one of shape {list(state[ours].shape)}")
-        joined = torch.cat([weights.pop(name) for name in parts]) if len(parts) > 1 else weights.pop(parts[0])
-        if joined.shape != state[ours].shape:
-            raise ValueError(f"{parts[0]} makes {list(joined.shape)}, expected {list(state[ours].shape)}")
-        state[ours] = joined
+        expected = [len(state[ours]) // len(parts), *state[ours].shape[1:]]
+        for name in parts:
+            if list(weights[name].shape) != expected:
+                raise ValueError(f"{name} is {list(weights[name].shape)}, expected {expected}")
+        state[ours] = torch.cat([weights.pop(name) for name in parts])
     if weights:
         raise ValueError(f"unknown weight {min(weights)}, expected the names of a model of this config")
     model.load_state_dict(state)
@@ -270,8 +271,11 @@ def read_weights(path):
     except Exception as error:  # unpickling and zip errors come in many types
         expected = "an .npz or a state dict saved by torch.save"
         raise DataError(f"{path}: cannot be read ({first_line(error)}), expected {expected}") from None
-    if not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
-        raise DataError(f"{path}: holds {type(weights).__name__}, expected a state dict: tensors by name")
+    if not isinstance(weights, dict):
+        raise DataError(f"{path}: holds {type(weights).__name__}, expected a state dict")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            raise DataError(f"{path}: {name!r} is {type(value).__name__}, expected tensors by name")
     return weights
 
 
@@ -316,15 +320,14 @@ CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
 def textures(rng, labels):
-    """float32 [N, 32, 32], unit deviation then squashed by tanh: noise of one orientation and period.
+    """float32 [N, 32, 32]: noise of one orientation and period, scaled to deviation 1.2 and squashed by tanh.
 
     labels: int [N] from 0 to 9; label % 5 is the orientation (0, 45, 90, 135 degrees, or none), label // 5 the period:
     fine, 5 to 6.5 pixels, or coarse, 1.8 times that.
     """
     n, kind = len(labels), (labels % 5)[:, None, None]
-    frequency = (
-        1 / (rng.uniform(5, 6.5, n) * np.where(labels < 5, 1, 1.8)).astype(np.float32)[:, None, None]
-    )  # per pixel
+    period = rng.uniform(5, 6.5, n) * np.where(labels < 5, 1, 1.8)
+    frequency = (1 / period).astype(np.float32)[:, None, None]
     angle = kind * np.float32(np.pi / 4) + rng.uniform(-0.12, 0.12, (n, 1, 1)).astype(np.float32)
     y0, x0 = frequency * np.sin(angle), frequency * np.cos(angle)
     y, x = np.fft.fftfreq(2 * SIDE)[:, None].astype(np.float32), np.fft.rfftfreq(2 * SIDE).astype(np.float32)
@@ -372,7 +375,10 @@ def make_world(seed):
 
 
 class HeldOut:
-    """An array without every tenth entry, or only those: len() and indexing with int64 arrays, nothing copied."""
+    """An array without one entry of every ten, or only those: len() and indexing with int64 arrays, nothing copied.
+
+    Which of the ten is hashed: a fixed one would be a single class where labels come in turn.
+    """
 
     def __init__(self, array, held_out):
         self.array, self.held_out = array, held_out
@@ -381,7 +387,9 @@ class HeldOut:
         return len(self.array) // 10 if self.held_out else len(self.array) - len(self.array) // 10
 
     def __getitem__(self, index):
-        return self.array[10 * index + 9 if self.held_out else index + index // 9]
+        tens = index if self.held_out else index // 9
+        out = np.where(tens < len(self.array) // 10, mix(tens, 0) % np.uint64(10), 10).astype(np.int64)
+        return self.array[10 * tens + (out if self.held_out else index % 9 + (index % 9 >= out))]
 
 
 def open_cifar(files):
@@ -405,7 +413,7 @@ def open_arrays(folder, prefix=""):
     for name, (ndim, kind, expected) in right.items():
         path = folder / f"{prefix}{name}.npy"
         try:
-            array = np.load(path, mmap_mode="r")
+            array = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # missing, cut short, or objects
             what = f"cannot be read ({first_line(error)}), expected an array saved by np.save"
             raise DataError(f"{path}: {what}") from None
@@ -425,13 +433,13 @@ def open_images(folder):
     """Datasets train and val of a folder: images uint8 [N, H, W, C] and labels int64 [N].
 
     It holds images.npy and labels.npy (and, for validation, val_images.npy and val_labels.npy), or CIFAR-10's
-    data_batch_*.bin (and test_batch.bin), these also in a folder cifar-10-batches-bin. Without validation files every
-    tenth image is held out. Raises DataError for a file that is missing, unreadable or holds something else.
+    data_batch_*.bin (and test_batch.bin), these also in a folder cifar-10-batches-bin. Without validation files one
+    image of every ten is held out. Raises DataError for a file that is missing, unreadable or holds something else.
     """
     folder = Path(folder)
     if (folder / "images.npy").exists():
         train = open_arrays(folder)
-        val = open_arrays(folder, "val_") if (folder / "val_images.npy").exists() else None
+        val = open_arrays(folder, "val_") if list(folder.glob("val_*.npy")) else None
     else:
         folder = folder / "cifar-10-batches-bin" if (folder / "cifar-10-batches-bin").is_dir() else folder
         files = sorted(folder.glob("data_batch_*.bin"))
@@ -441,7 +449,7 @@ def open_images(folder):
         val = open_cifar([folder / "test_batch.bin"]) if (folder / "test_batch.bin").exists() else None
     if val is None:
         if size_of(train) < 10:
-            raise DataError(f"{folder}: {size_of(train)} images, expected 10 or more: every tenth is held out")
+            raise DataError(f"{folder}: {size_of(train)} images, expected 10 or more: one of every ten is held out")
         train, val = ({name: HeldOut(array, part) for name, array in train.items()} for part in (False, True))
     shapes = [make_batch(part, np.array([0]), {}, None, pin=False)["images"].shape[1:] for part in (train, val)]
     if shapes[0] != shapes[1]:
@@ -458,30 +466,34 @@ def download(url, md5, folder):
     folder = Path(folder)
     archive = folder / url.rsplit("/", 1)[1]
     part = archive.with_name(archive.name + ".part")
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    fetched = archive if archive.exists() else part
-    if fetched == part:
+    new = not archive.exists()
+    if new:
         fetch(url, part)
     found = hashlib.md5()
-    with open(fetched, "rb") as file:
+    with open(part if new else archive, "rb") as file:
         while chunk := file.read(1 << 20):
             found.update(chunk)
     if found.hexdigest() != md5:
-        part.unlink(missing_ok=True)
-        raise DataError(f"{fetched}: md5 {found.hexdigest()}, expected {md5} as of {url}; remove it and try again")
-    os.replace(fetched, archive)
-    unpacked = folder / "unpacking"
-    shutil.rmtree(unpacked, ignore_errors=True)
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")  # refuses what would land outside, links and devices
-        for path in unpacked.iterdir():
-            if not (folder / path.name).exists():
-                os.replace(path, folder / path.name)
-    except tarfile.TarError as error:
-        raise DataError(f"{archive}: {first_line(error)}, expected an archive of plain files") from None
-    finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
+        if new:
+            part.unlink()
+        what = f"md5 {found.hexdigest()}, expected {md5}"
+        raise DataError(f"{url}: {what}; the download was removed" if new else f"{archive}: {what}; it may be removed")
+    if new:
+        os.replace(part, archive)
+    with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(unpacked, filter="data")  # refuses what would land outside, links and devices
+        except tarfile.TarError as error:
+            raise DataError(f"{archive}: {first_line(error)}, expected an archive of plain files") from None
+        for path in Path(unpacked).rglob("*"):
+            target = folder / path.relative_to(unpacked)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
 
 
 def fetch(url, part):
@@ -513,17 +525,20 @@ def crop_boxes(position, height, width, args):
     """Random resized crop and flip, drawn for samples by their position: float32 [n, 5], in pixels.
 
     Each row is top, left, height, width, flipped (0 or 1). The crop has crop_scale to 1 of the area and an aspect ratio
-    of 3:4 to 4:3, log-uniform, cut to the image.
+    of 3:4 to 4:3, log-uniform, or the nearest with which it fits.
     """
     area, ratio, top, left, flip = (mix(position, 8 * args.seed + k) / 2**64 for k in range(5))
     area = height * width * (args.crop_scale + (1 - args.crop_scale) * area)
-    ratio = (4 / 3) ** (2 * ratio - 1)
-    h, w = np.minimum(np.sqrt(area / ratio), height), np.minimum(np.sqrt(area * ratio), width)
+    ratio = ((4 / 3) ** (2 * ratio - 1)).clip(area / height**2, width**2 / area)
+    h, w = np.sqrt(area / ratio), np.sqrt(area * ratio)
     return np.stack([top * (height - h), left * (width - w), h, w, flip < args.flip_prob], 1).astype(np.float32)
 
 
 def resize_weights(start, length, size_in, size_out):
-    """Weights [B, size_out, size_in] of a bilinear, antialiased resampling of the pixels from start, length of them."""
+    """Weights [B, size_out, size_in] of a bilinear, antialiased resampling of `length` pixels from `start` on.
+
+    start, length: float [B]. At the borders of a crop it also reads the pixels beside it.
+    """
     step = (length / size_out)[:, None, None]
     centre = start[:, None, None] + (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
     pixel = torch.arange(size_in, device=start.device) + 0.5
@@ -564,7 +579,10 @@ def make_data(args):
 
     size = args.image_size or min(height, width)
     if size % args.patch_size:
-        raise DataError(f"{args.data_dir}: images of {size} pixels, expected --image_size or --patch_size that divide")
+        what = (
+            f"images are {height} x {width} x {channels}, expected a side that --patch_size {args.patch_size} divides"
+        )
+        raise DataError(f"{args.data_dir}: {what}; or give --image_size")
     flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     config = dataclasses.asdict(Config(**flags | {"image_size": size, "num_channels": channels}))
 
@@ -634,9 +652,10 @@ def features(output, args):
 
 
 def probe_batches(data, args, first=0, every=1):
-    """Batches of --probe_samples labelled training images, evenly spaced: a fixed set, neither cut nor flipped."""
+    """Batches of --probe_samples labelled training images: always the same ones, neither cut nor flipped."""
     size = size_of(data["train"])
-    index = np.unique(np.linspace(0, size - 1, min(args.probe_samples, size)).astype(np.int64))
+    index = np.arange(min(args.probe_samples, size))
+    index = np.sort(permuted(index, size, mix(0 * index, 0)))
     for start in range(first * args.batch_size, len(index), every * args.batch_size):
         batch = make_batch(data["train"], index[start : start + args.batch_size], {}, data["collate"], pin=False)
         yield {name: value.to(args.device) for name, value in batch.items()}
@@ -647,7 +666,7 @@ def evaluate(model, data, args):
     """Validation means of the losses, and how good the frozen features are. Draws nothing from torch's generator."""
     size, D = model.config.image_size, model.config.hidden_size
     sums, known, tested = {}, [], []
-    mean, moment, count = torch.zeros(D), torch.zeros(D, D), 0
+    mean, moment, count = torch.zeros(D), torch.zeros(D, D, dtype=torch.float64), 0
     split = (rank(), world_size(), args.eval_samples)
     for batch in fixed_batches(data["val"], args.batch_size, args.device, *split, data["collate"]):
         with autocast(args):
@@ -658,6 +677,8 @@ def evaluate(model, data, args):
         values["loss"] = loss if args.use_intermediate_loss else loss_final
         add(sums, weigh(values, len(embedding)))
         units = F.normalize(embedding[:, 1:].flatten(0, 1), dim=1)
+        units = units.cpu() if units.device.type == "mps" else units
+        units = units.double()  # rounding in float32 looks like directions that are not there
         mean, moment, count = mean + units.sum(0).cpu(), moment + (units.T @ units).cpu(), count + len(units)
         tested.append((features(output, args), batch["labels"].cpu()))
     for batch in probe_batches(data, args, rank(), world_size()):
@@ -666,7 +687,10 @@ def evaluate(model, data, args):
     *totals, known, tested = zip(*gather((mean, moment, count, known, tested)))
     # Batches were dealt out in turn: back in file order, the probes see the same whatever the number of processes.
     pairs = ([batch for turn in itertools.zip_longest(*dealt) for batch in turn if batch] for dealt in (known, tested))
-    return means(sums) | collapse(*map(sum, totals)) | probe(*pairs)
+    metrics = means(sums)
+    if not math.isfinite(metrics["loss"]):  # the shared part names it and stops
+        return metrics
+    return metrics | collapse(*map(sum, totals)) | probe(*pairs)
 
 
 def collapse(mean, moment, count):
@@ -697,20 +721,20 @@ def probe(known, tested):
 def knn(x, y, test_x, test_y, k=20, size=64):
     """Accuracy of the vote of the k nearest known samples, by the cosine after PCA whitening to size dimensions."""
     with torch.random.fork_rng(devices=[]):  # the randomised SVD must not disturb the training's generator
-        torch.manual_seed(0)
-        _, deviation, axes = torch.svd_lowrank(x, min(size, *x.shape), niter=4)
+        torch.default_generator.manual_seed(0)
+        _, deviation, axes = torch.svd_lowrank(x, min(size + 32, *x.shape), niter=4)  # 32 more make the last ones exact
     # A mean of LayerNorm's outputs has no variance along its gain: what rounding leaves there is not to be blown up.
-    kept = deviation > 1e-5 * deviation.max()
-    axes = (axes / deviation)[:, kept]
+    kept = deviation[:size] > 1e-5 * deviation.max()
+    axes = (axes / deviation)[:, :size][:, kept]
     near, far = (F.normalize(v @ axes, dim=1) for v in (x, test_x))
-    votes = y[(far @ near.T).topk(min(k, len(x)), dim=1).indices]
-    return float((votes.mode(dim=1).values == test_y).double().mean())
+    nearest = torch.cat([(part @ near.T).topk(min(k, len(x)), dim=1).indices for part in far.split(1000)])
+    return float((y[nearest].mode(dim=1).values == test_y).double().mean())
 
 
 def ridge(x, y, test_x, test_y):
-    """Accuracy of ridge regression to the one-hot labels, the penalty chosen on every fifth of the known samples."""
-    std = x.std(0)
-    std = std.clamp(min=1e-6 * std.max())
+    """Accuracy of ridge regression to the one-hot labels, the penalty chosen on a fifth of the known samples."""
+    std = x.std(0, correction=0)
+    std = std.clamp(min=max(1e-6 * float(std.max()), 1e-30))  # a feature that never changes stays zero
     x, test_x, targets = x / std, test_x / std, F.one_hot(y).double()
 
     def fit(x, targets):
@@ -729,7 +753,7 @@ def ridge(x, y, test_x, test_y):
     def accuracy(predict, x, y):
         return float((predict(x).argmax(1) == y).double().mean())
 
-    held_out = torch.arange(len(x)) % 5 == 4
+    held_out = torch.from_numpy(mix(np.arange(len(x)), 0) % np.uint64(5) == 0)
     solve, best = fit(x[~held_out], targets[~held_out]), (0.0, 1.0)
     for exponent in range(1, -7, -1):
         found = accuracy(solve(10.0**exponent), x[held_out], y[held_out])
@@ -743,7 +767,7 @@ def ridge(x, y, test_x, test_y):
 def baselines(data, args):
     """kNN and probe accuracy of features that need no training, as final metrics. One process computes them."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)  # the very weights the run started from
+        torch.default_generator.manual_seed(args.seed)  # the weights a run starts from without --init_from
         model = Model(Config(**data["config"])).to(args.device).eval()
     size = model.config.image_size
     seen = {"untrained_": ([], []), "raw_": ([], [])}
@@ -790,7 +814,7 @@ def add_method_args(parser):
     flag("--probe_layer", type=number(0), help="features of this layer, 0: the embedding (default: the normed output)")
     flag("--probe_samples", type=number(10), default=4000, help="labelled training images the probes may use")
     parser.set_defaults(
-        batch_size=64, max_train_steps=2000, lr=2e-3, weight_decay=0.05, min_lr_ratio=0.0, ema_decay=0.99
+        batch_size=64, max_train_steps=1500, lr=2e-3, weight_decay=0.05, min_lr_ratio=0.0, ema_decay=0.99
     )
     demo = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "lr": 1e-3, "max_train_steps": 400, "warmup_steps": 20}
     demo |= {"eval_interval": 100}
@@ -1360,6 +1384,8 @@ def main():
             train(args, checkpoint)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before training has begun; from then on the run ends in good order
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

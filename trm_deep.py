@@ -1323,6 +1323,8 @@ def main():
             train(args, checkpoint)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before training has begun; from then on the run ends in good order
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
