@@ -5,7 +5,8 @@ anything that a collate function turns into a batch. Three rules make every run 
 
 - The order is a pure function. A training batch has B rows (over all processes and micro-steps); row b takes as its
   k-th sample entry k * B + b of an endless sequence of permutations, one per (seed, epoch). Nothing is stored: resuming
-  at update k, or splitting the B rows over more processes, gives the very same samples.
+  at update k, or splitting the B rows over more processes, gives the very same samples. Samples of uneven length are
+  put into batches of about equal length, 32 batches at a time (see Bucketed), by a pure function too.
 - Validation visits every sample once in file order, batches dealt out to the processes in turn.
 - One batch is always being made ahead in a background thread, in pinned memory when the device is CUDA.
 """
@@ -62,6 +63,24 @@ def sample_index(turns, rows, num_rows, size, seed):
     return permuted(entry, size, mix(epoch, seed))
 
 
+def window_size(num_rows, size):
+    """How many batches trade samples: 32, but no more than an epoch has, or a batch would hold a sample many times."""
+    return min(32, max(1, size // num_rows))
+
+
+def bucketed_window(window, num_rows, lengths, seed):
+    """Which samples (int64 [n, num_rows]) the n batches of a window hold: in each, samples of about equal length.
+
+    The window's entries of the endless sequence are sorted by length and cut into batches, which then come in random
+    order (short ones first in every window would be a curriculum). lengths: int [size].
+    """
+    n = window_size(num_rows, len(lengths))
+    batches = np.arange(n) + window * n
+    index = sample_index(np.repeat(batches, num_rows), np.tile(np.arange(num_rows), n), num_rows, len(lengths), seed)
+    in_order = index[np.argsort(lengths[index], kind="stable")].reshape(n, num_rows)
+    return in_order[np.argsort(mix(batches, seed), kind="stable")]
+
+
 # ---- arrays ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +112,14 @@ class Concat:
             bad = int(finite.int().argmin())
             raise DataError(f"{self.files[which[bad]]}: sample {row[bad]} is not finite, expected numbers")
         return picked
+
+
+class Bucketed(list):
+    """A list of samples with their lengths, int [n]: a training batch then holds samples of about equal length."""
+
+    def __init__(self, samples, lengths):
+        super().__init__(samples)
+        self.lengths = np.asarray(lengths)
 
 
 def size_of(dataset):
@@ -130,6 +157,7 @@ class Loader:
         self.dataset, self.size, self.num_rows, self.seed = dataset, size_of(dataset), num_rows, seed
         self.device, self.collate = torch.device(device), collate
         self.thread, self.queue = background(device), deque()
+        self.window = -1, None  # of a Bucketed dataset: which one, its batches
 
     def request(self, first_row, turns, wanted=None):
         """Start making a batch: rows first_row, first_row + 1, ... take their turns[i]-th sample.
@@ -149,9 +177,20 @@ class Loader:
             copied.synchronize()
         rows = np.arange(len(turns)) if wanted is None else np.flatnonzero(wanted.numpy())
         turns = turns.numpy()[rows]
-        index = sample_index(turns, first_row + rows, self.num_rows, self.size, self.seed)
+        index = self._index(turns, first_row + rows)
         extra = {"rows": rows, "position": turns * self.num_rows + first_row + rows}
         return make_batch(self.dataset, index, extra, self.collate, copied is not None)
+
+    def _index(self, turns, rows):
+        if not isinstance(self.dataset, Bucketed):
+            return sample_index(turns, rows, self.num_rows, self.size, self.seed)
+        index, n = np.empty(len(turns), np.int64), window_size(self.num_rows, self.size)
+        for i, (turn, row) in enumerate(zip(turns, rows)):
+            if self.window[0] != turn // n:  # kept: one sort for every n updates
+                batches = bucketed_window(turn // n, self.num_rows, self.dataset.lengths, self.seed)
+                self.window = turn // n, batches
+            index[i] = self.window[1][turn % n, row]
+        return index
 
     def next(self):
         """The oldest requested batch, as a dict of tensors on the device. Raises what the thread raised."""
