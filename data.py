@@ -64,7 +64,7 @@ def sample_index(turns, rows, num_rows, size, seed):
 
 
 def window_size(num_rows, size):
-    """How many batches trade samples: 32, but no more than an epoch has, or a batch would hold a sample many times."""
+    """How many batches trade samples: 32, but no more than an epoch has."""
     return min(32, max(1, size // num_rows))
 
 
@@ -72,7 +72,8 @@ def bucketed_window(window, num_rows, lengths, seed):
     """Which samples (int64 [n, num_rows]) the n batches of a window hold: in each, samples of about equal length.
 
     The window's entries of the endless sequence are sorted by length and cut into batches, which then come in random
-    order (short ones first in every window would be a curriculum). lengths: int [size].
+    order (short ones first in every window would be a curriculum). lengths: int [size]. A window that goes from one
+    epoch into the next may hold a sample twice, and then often in one batch.
     """
     n = window_size(num_rows, len(lengths))
     batches = np.arange(n) + window * n

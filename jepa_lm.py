@@ -153,8 +153,9 @@ class Model(nn.Module):
         return rms_norm(h)
 
     def head(self, h):
-        """Logits float32 [..., VOCABULARY] of final states [..., D]."""
-        return F.linear(h, self.embed.weight).float()
+        """Logits [..., VOCABULARY] of final states [..., D], computed in float32: bfloat16 ones tie now and then."""
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.float(), self.embed.weight.float())
 
 
 def packed_mask(block, limit):
@@ -179,6 +180,8 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
     same text, which are no negatives of each other. The gradient runs through both sides. Raises ValueError for
     another kind.
     """
+    if kind not in ("cosine", "mse", "l2", "infonce"):
+        raise ValueError(f"unknown loss {kind!r}, expected cosine, mse, l2 or infonce")
     p, t = predicted.float(), target.float()
     if len(p) == 0:
         return p.sum() + t.sum()
@@ -188,8 +191,6 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
         return F.mse_loss(p, t)
     if kind == "l2":
         return (p - t).norm(dim=-1).mean()
-    if kind != "infonce":
-        raise ValueError(f"unknown loss {kind!r}, expected cosine, mse, l2 or infonce")
     logits = F.normalize(p, dim=-1) @ F.normalize(t, dim=-1).T / 0.07
     own = torch.arange(len(p), device=p.device)
     if text is not None:
@@ -199,18 +200,14 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
 
 
 @torch.no_grad()
-def cosines(predicted, target):
-    """Cosines of each prediction with its target [P], with the other targets, and of targets among themselves.
+def cosines(predicted, target, text):
+    """Cosines of predictions with targets and of targets among themselves, [P, P] each, and which are of other texts.
 
-    The last two are [P * (P - 1)], without the diagonal. When the first two agree the embedding says nothing.
+    text: int [P], equal for equal targets. The diagonal of the first is the paired cosine; where the third, a bool
+    [P, P], is True stand the unpaired ones. When these are as high as the paired ones, the embedding says nothing.
     """
     p, t = F.normalize(predicted.float(), dim=-1), F.normalize(target.float(), dim=-1)
-    P = len(p)
-
-    def off_diagonal(x):
-        return x.flatten()[1:].view(P - 1, P + 1)[:, :-1].flatten() if P > 1 else x.new_zeros(0)
-
-    return (p * t).sum(-1), off_diagonal(p @ t.T), off_diagonal(t @ t.T)
+    return p @ t.T, t @ t.T, text[:, None] != text
 
 
 # ---- data: chats, the built-in world, packed rows -------------------------------------------------------------------
@@ -229,13 +226,13 @@ def encode(messages, unmask_user=False):
     """A chat as a Sample: [system,] user, assistant, each a role token, the bytes of its content and END.
 
     messages: list of {"role": ..., "content": ...}. The assistant's bytes and its END are supervised; with unmask_user
-    every token but the first is. Steps are what blank lines separate. Raises ValueError for what is no such chat.
+    every token but the first is. Steps are what two or more line feeds separate. Raises ValueError for what is no chat.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages is no list of objects, expected [{role, content}, ...]")
     roles = [message.get("role") for message in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(f"roles {', '.join(map(str, roles)) or 'none'}, expected user, assistant (or system first)")
+        raise ValueError(f"roles {', '.join(map(repr, roles)) or 'none'}, expected user, assistant (or system first)")
     for role, message in zip(roles, messages):
         if not isinstance(message.get("content"), str):
             raise ValueError(f"content of {role} is {type(message.get('content')).__name__}, expected a string")
@@ -244,7 +241,7 @@ def encode(messages, unmask_user=False):
     tokens = [token for message in messages for token in turn(**message)]
     start = tokens.index(ASSISTANT) + 1
     runs = re.finditer(rb"[^\n]+(?:\n[^\n]+)*", messages[-1]["content"].encode())  # of lines that are not empty
-    steps = [(start + run.start(), start + run.end()) for run in runs if run[0].strip()]
+    steps = [(start + run.start(), start + run.end()) for run in runs if run[0].decode().strip()]
     labels = np.array([*tokens[1:], IGNORE], np.int16)
     if not unmask_user:
         labels[: start - 1] = IGNORE
@@ -280,7 +277,7 @@ def read_chat(line, unmask_user):
     return encode(chat["messages"], unmask_user)
 
 
-def read_chats(path, unmask_user=False):
+def read_chats(path, args, training=True):
     """Samples of a file with {"messages": [...]} on every line. Raises DataError that names the line."""
     samples = []
     try:
@@ -288,7 +285,10 @@ def read_chats(path, unmask_user=False):
             for number, line in enumerate(file, start=1):
                 try:
                     if line.strip():
-                        samples.append(read_chat(line, unmask_user))
+                        samples.append(read_chat(line, args.unmask_user and training))
+                        length = len(samples[-1].tokens)
+                        if length > args.max_length and not training:  # evaluation leaves none out
+                            raise ValueError(f"{length} tokens, expected at most --max_length {args.max_length}")
                 except ValueError as error:
                     raise DataError(f"{path}:{number}: {first_line(error)}") from None
     except OSError as error:
@@ -347,6 +347,12 @@ def find_pairs(sample, args):
     return [(end, *following) for (_, end), following in zip(steps, steps[1:])]
 
 
+def packed_length(sample):
+    """About how many tokens a chat takes in a packed row. By this, whatever the flags are, batches are put together."""
+    copies = sample.steps[1:3] or [(answer_start(sample), len(sample.tokens))]
+    return len(sample.tokens) + sum(end - start for start, end in copies)
+
+
 def pack(chats, pairs, predictors):
     """One row per chat: the chat, then for each pair the predictor tokens and the target once more, by itself.
 
@@ -363,7 +369,7 @@ def pack(chats, pairs, predictors):
         parts = [(chat, np.arange(n), zeros(chat), zeros(chat))]  # tokens, positions, block, limit
         for i, (seen, start, end) in enumerate(mine):
             ahead, target = np.arange(predictors), chat[start:end]
-            block = np.full_like(target, 2 * i + 2)
+            block = np.full(len(target), 2 * i + 2)
             parts.append((VOCABULARY + ahead, seen + ahead, np.full_like(ahead, 2 * i + 1), np.full_like(ahead, seen)))
             parts.append((target, np.arange(end - start), block, zeros(block)))
             prediction = n + predictors - 1 if predictors else seen - 1
@@ -399,27 +405,28 @@ def make_data(args):
     """The run's datasets and what the shared part needs to know about them (listed there). Raises DataError."""
     if args.prompt is not None:  # needs no chats, and takes the model's shape from the checkpoint
         return {"config": None, "baselines": dict, "report": "{answer}".format_map}
-    if not args.train_file:
-        train, val = make_world(args.seed, args.unmask_user)
-    else:
-        train = read_chats(args.train_file, args.unmask_user)
-        if not args.eval_file and len(train) < 2:
-            raise DataError(f"{args.train_file}: one chat in all, expected at least two, one to hold out")
-        cut = len(train) if args.eval_file else len(train) - max(1, len(train) // 10)
-        train, val = train[:cut], train[cut:]
+    limit, source = f"--max_length {args.max_length}", args.train_file or "built-in world"
+    chats, val = make_world(args.seed, args.unmask_user) if not args.train_file else (read_chats(source, args), [])
+    train = [sample for sample in chats if len(sample.tokens) <= args.max_length]
+    left_out = len(chats) - len(train)
+    if not train:
+        raise DataError(f"{source}: no chat is within {limit}, expected some")
     if args.eval_file:
-        val = read_chats(args.eval_file)
-    fitting = [sample for sample in train if len(sample.tokens) <= args.max_length]
-    if not fitting:
-        limit = f"--max_length {args.max_length}"
-        raise DataError(f"{args.train_file or 'built-in world'}: no chat is within {limit}, expected some")
+        val = read_chats(args.eval_file, args, training=False)
+    elif not val:
+        cut = len(train) - max(1, len(train) // 10)
+        if cut == 0:
+            raise DataError(f"{source}: one chat in all, expected at least two, one to hold out")
+        train, val = train[:cut], train[cut:]
     known = {sample.tokens.tobytes() for sample in train}
     val = [sample._replace(seen=sample.tokens.tobytes() in known) for sample in val]
-    has_pairs = args.tube or any(find_pairs(sample, args) for sample in fitting)
+    has_pairs = args.tube or any(find_pairs(sample, args) for sample in train)
     jepa = not args.regular and (args.lbd > 0 or args.force_pairs)
+    if jepa and not has_pairs and args.gamma == 0:
+        raise DataError(f"{source}: no answer has two steps, expected some that have, or --gamma above 0")
     if rank() == 0:
-        if left_out := len(train) - len(fitting):
-            print(f"left out {left_out} of {len(train)} training chats: longer than --max_length {args.max_length}")
+        if left_out:
+            print(f"left out {left_out} of {len(chats)} training chats: longer than {limit}")
         if jepa and not has_pairs:
             print("warning: no answer has two steps, so there are no pairs: a --regular run; try --view_based_jepa")
 
@@ -430,8 +437,8 @@ def make_data(args):
         # One draw per update: every process and micro-batch skips, or none; skipping costs a plain pass.
         turn = extra["position"][:1] // num_rows if training else None
         on = training and jepa and mix(turn, args.seed + 1)[0] / 2**64 < args.jepa_ratio
-        pairs = [find_pairs(sample, args) if on and not args.tube else [] for sample in picked]
-        batch = pack(chats, pairs, args.predictors)
+        pairs = [find_pairs(sample, args) if training and jepa and not args.tube else [] for sample in picked]
+        batch = pack(chats, pairs if on else [[]] * len(chats), args.predictors)
         B, T = batch["tokens"].shape
         if on and args.tube:
             batch |= {"ends": draw_tubes(chats, extra["position"], T, args.seed), "text": np.arange(B)}
@@ -446,13 +453,12 @@ def make_data(args):
             seen = [sample.seen for sample in picked]
             return batch | {"start": starts, "length": [len(chat) for chat in chats], "seen": seen}
         num_pairs = len(batch.get("ends", ()))
-        skipped = sum(not mine for mine in pairs) if on and not args.tube else 0
+        skipped = sum(not mine for mine in pairs) if jepa and not args.tube else 0
         return batch | {"counts": np.array([len(batch["at"]), num_pairs], np.float32), "skipped": skipped}
 
     names = ("hidden_size", "num_layers", "num_heads", "predictors")
-    lengths = [2 * len(sample.tokens) - answer_start(sample) for sample in fitting]
     return {
-        "train": Bucketed(fitting, lengths),
+        "train": Bucketed(train, [packed_length(sample) for sample in train]),
         "val": val,
         "shared": any(sample.seen for sample in val),  # then matches on the others are reported too
         "collate": collate,
@@ -539,9 +545,8 @@ def compute_loss(model, batch, state, args):
     mask = packed_mask(batch["block"], batch["limit"]) if "block" in batch else None
     h = model(tokens, batch.get("positions"), mask).flatten(0, 1)  # [B * T, D]
     llm_loss = F.cross_entropy(unwrap(model).head(h[batch["at"]]), batch["next"])
-    loss, B, num_pairs, similar = args.gamma * token_share * llm_loss, len(tokens), 0, {}
-    # Weighed by shares, means over micro-batches and processes are the update's own: loss = gamma * llm + lbd * jepa.
-    metrics = {"llm_loss": (token_share * llm_loss.detach(), token_share)}
+    loss, B, num_pairs, similar = args.gamma * token_share * llm_loss, len(tokens), 0, None
+    metrics = weigh({"llm_loss": llm_loss.detach()}, len(batch["at"]))  # per token; the next ones per pair
     if "ends" in batch:
         views = h[batch["ends"]].float()  # [P, 2, D], or with --tube [P, 4, D]
         num_pairs = len(views)
@@ -553,11 +558,12 @@ def compute_loss(model, batch, state, args):
         target = target.detach() if args.stop_grad_target else target
         with torch.autocast(h.device.type, enabled=False):  # cosines of .99 and .98 must differ
             jepa = jepa_loss(predicted, target, args.jepa_loss, batch["text"])
-            similar = dict(zip(("cos_paired", "cos_unpaired", "cos_targets"), cosines(predicted, target)))
+            similar = across, among, apart = cosines(predicted, target, batch["text"])
         loss = loss + args.lbd * pair_share * jepa
-        metrics["jepa_loss"] = (pair_share * jepa.detach(), pair_share)
-        metrics |= {name: (pair_share * c.mean(), pair_share) for name, c in similar.items() if len(c)}
-    metrics["loss"] = (loss.detach(), token_share)
+        metrics |= weigh({"jepa_loss": jepa.detach(), "cos_paired": across.diagonal().mean()}, num_pairs)
+        metrics["cos_unpaired"] = (across * apart).sum(), apart.sum()
+        metrics["cos_targets"] = (among * apart).sum(), apart.sum()
+    metrics["loss"] = loss.detach(), token_share  # the mean of the updates' own losses
     metrics |= weigh({"valid_tokens": len(batch["at"]) / B, "pairs": num_pairs / B, "skipped": batch["skipped"] / B}, B)
     if args.debug and rank() == 0:
         print_debug(batch, llm_loss, similar, args)
@@ -575,8 +581,13 @@ def print_debug(batch, llm_loss, similar, args):
         f"  valid_tokens={len(batch['next'])}, loss_per_token={llm_loss.item():.4f}, "
         f"pairs={len(batch.get('ends', ()))}, skipped={int(batch['skipped'])}",
     ]
-    if args.debug >= 5:
-        for name, c in similar.items():
+    if args.debug >= 5 and similar:
+        across, among, apart = similar
+        for name, c in (
+            ("cos_paired", across.diagonal()),
+            ("cos_unpaired", across[apart]),
+            ("cos_targets", among[apart]),
+        ):
             if len(c):
                 spread = c.std(correction=0)
                 lines.append(f"  {name:12} mean={c.mean():.4f} std={spread:.4f} min={c.min():.4f} max={c.max():.4f}")
@@ -629,14 +640,15 @@ def evaluate(model, data, args):
         with autocast(args):
             h = model(batch["tokens"]).flatten(0, 1)[batch["at"]]
             loss = F.cross_entropy(model.head(h), batch["next"])
-            limits = [len(chat) - start for chat, start in zip(chats, starts)]  # longer ones are wrong already
+            # Longer answers are wrong already, but in the built-in world the result at their end may be right.
+            limits = [(1 + in_world(args)) * (len(chat) - start) for chat, start in zip(chats, starts)]
             answers = generate(model, [chat[:start] for chat, start in zip(chats, starts)], limits)
         add(sums, weigh({"loss": loss, "llm_loss": loss}, len(batch["at"])))
         for chat, start, answer, seen in zip(chats, starts, answers, batch["seen"].tolist()):
             right = chat[start:]
             scores = {"exact_match": answer == right, "prefix_match": answer[: len(right) - 1] == right[:-1]}
             if in_world(args):
-                scores["result_match"] = result_of(decode(answer)) == result_of(decode(right))
+                scores["result_match"] = answer[-1] == END and result_of(decode(answer)) == result_of(decode(right))
             add(sums, weigh(scores, 1))
             if data["shared"] and not seen:
                 add(sums, weigh({f"new_{name}": score for name, score in scores.items()}, 1))
@@ -669,7 +681,12 @@ def add_method_args(parser):
     flag = parser.add_argument_group("data").add_argument
     flag("--train_file", help='{"messages": [...]} on every line; without it, the built-in world of word problems')
     flag("--eval_file", help="the same, to evaluate on (default: the last tenth of --train_file)")
-    flag("--max_length", type=number(8), default=1024, help="longer training chats are left out, and counted")
+    flag(
+        "--max_length",
+        type=number(8),
+        default=1024,
+        help="longer chats are left out of training, refused in --eval_file",
+    )
     flag("--unmask_user", **BOOLEAN, help="supervise every token of a training chat, not the answer alone")
     flag = parser.add_argument_group("model").add_argument
     flag("--hidden_size", type=number(2), default=128, help="width of the network")
@@ -704,11 +721,15 @@ def add_method_args(parser):
         if args.view_based_jepa and (args.tube or "num_prediction_steps" in given):
             parser.error("--view_based_jepa has one pair per chat: no --tube, no --num_prediction_steps beside it")
         for name in ("num_prediction_steps", "predictors", "force_pairs"):
-            if args.tube and name in given:
+            if args.tube and name in given and given[name] is not False:
                 parser.error(f"--{name} means nothing with --tube, which has no pairs")
         if args.force_pairs and args.lbd > 0:
             parser.error("--force_pairs is for --lbd 0; with --lbd above 0 the pairs are built anyway")
-        if args.gamma == 0 and (args.regular or args.lbd == 0):
+        if args.jepa_loss == "infonce" and args.batch_size == 1:
+            parser.error(
+                "--jepa_loss infonce needs --batch_size 2 or more: a micro-batch's other pairs are its negatives"
+            )
+        if args.gamma == 0 and (args.regular or args.lbd == 0 or args.jepa_ratio == 0):
             parser.error("--gamma 0 without a JEPA loss leaves nothing to learn")
         if args.eval_file and not args.train_file and not args.eval_only:
             parser.error("--eval_file needs --train_file")
