@@ -802,7 +802,7 @@ def add_method_args(parser):
     flag("--num_heads", type=number(1), default=3, help="attention heads")
     flag("--mlp_hidden", type=number(1), help="width of the MLP (default: 4 * hidden_size)")
     flag("--gated_mlp", **BOOLEAN, help="SwiGLU instead of GELU")
-    flag("--qk_norm", **{**BOOLEAN, "default": True}, help="LayerNorm on queries and keys (default: True)")
+    flag("--qk_norm", **{**BOOLEAN, "default": True}, help="LayerNorm on queries and keys")
     flag("--qk_norm_affine", **BOOLEAN, help="with a gain and a shift")
     flag("--layerscale_value", type=number(0.0), default=1.0, help="initial LayerScale; published: 1e-5, for long runs")
     flag("--rope_rescale", type=number(1.0), default=2.0, help="largest random stretching of the positions in training")
