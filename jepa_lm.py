@@ -11,9 +11,9 @@ cost does it all. Without pairs (--regular, or --lbd 0: the same run, bit for bi
 
 Without --train_file it learns a built-in world of word problems. The first command's last lines, seed 0:
 
-  Step 700/700, Val Loss: 0.0038 | LM: 0.0038 | Exact: 0.9863
+  Step 700/700, Val Loss: 0.0044 | LM: 0.0044 | Exact: 0.9961
   validation                                    loss   exact  prefix  result
-  this model                                  0.0038  0.9863  0.9863  0.9863
+  this model                                  0.0044  0.9961  0.9961  0.9961
   the commonest answer                             -  0.0000       -  0.0527
   the number the story starts with                 -       -       -  0.0625
 """

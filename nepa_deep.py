@@ -8,12 +8,16 @@ what converges faster is also better: both are judged by a probe and by kNN on t
 
   python nepa_deep.py                                                                   # laptop, 1 to 2 minutes
   python nepa_deep.py --use_intermediate_loss
-  python nepa_deep.py --data_dir cifar10 --download                                     # CIFAR-10, 10 minutes and up
+  python nepa_deep.py --data_dir cifar10 --download                                     # CIFAR-10, 10 minutes
   torchrun --nproc_per_node 8 nepa_deep.py --data_dir DIR --use_intermediate_loss       # many GPUs
 
 Without --data_dir it learns a built-in world of textures. The first command's last lines, seed 0:
 
-  TO BE FILLED
+  Step 400/400, Val Loss: -0.6450 | Final: -0.6450 | Intermediate: -0.4783 | kNN: 0.6630 | Probe: 0.5325
+  frozen features                      kNN   probe
+  this model                        0.6630  0.5325
+  untrained network                 0.4405  0.2515
+  raw pixels                        0.3290  0.2060
 """
 
 import argparse
