@@ -1398,10 +1398,14 @@ def test_every_layer_but_the_last_counts_in_the_intermediate_loss():
         final.item(), abs=1e-6
     )
     # The same gradient too: it sees whether the target is detached and whether a layer counts that should not.
-    mine = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-    right = torch.autograd.grad(expected, list(model.parameters()))
-    for a, b in zip(mine, right):
-        torch.testing.assert_close(a, b.float(), atol=1e-6, rtol=1e-4)
+    alone = nepa_deep.prediction_loss(output.embedding, output.prediction)
+    for mine, right in ((loss, expected), (loss_final, final), (alone, final)):
+        mine, right = (
+            torch.autograd.grad(each, list(model.parameters()), retain_graph=True, allow_unused=True)
+            for each in (mine, right)
+        )
+        for a, b in zip(mine, right):
+            torch.testing.assert_close(a, b.float(), atol=1e-6, rtol=1e-4)
 
 
 def test_one_layer_or_no_states_leave_the_final_loss_alone():
@@ -1725,12 +1729,15 @@ def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path, ranges):
         with pytest.raises(DataError, match=rf"ended after {half} of {len(contents)} bytes"):
             nepa_deep.download(server.url, md5(contents), folder)
         assert (folder / "cifar.tar.gz.part").stat().st_size == half and not (folder / "cifar.tar.gz").exists()
+        server.hang_up_after = half + 9
+        with pytest.raises(DataError, match=rf"ended after {half + 9} of {len(contents)} bytes"):
+            nepa_deep.download(server.url, md5(contents), folder)
         server.hang_up_after = None
         nepa_deep.download(server.url, md5(contents), folder)
-        assert server.asked == [None, f"bytes={half}-" if ranges else None]
+        assert server.asked == [None, *(f"bytes={have}-" if ranges else None for have in (half, half + 9))]
         assert [len(part["images"]) for part in nepa_deep.open_images(folder)] == [20, 6]
         nepa_deep.download(server.url, md5(contents), folder)  # all there: nothing is fetched again
-        assert len(server.asked) == 2
+        assert len(server.asked) == 3
     assert sorted(path.name for path in folder.iterdir()) == ["cifar-10-batches-bin", "cifar.tar.gz"]
 
 
@@ -1784,6 +1791,8 @@ def test_download_is_a_flag_and_a_dead_server_one_line(tmp_path, monkeypatch):
         monkeypatch.setattr(nepa_deep, "CIFAR_URL", server.url)
         lines = run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path / 'data'} --download --batch_size 4")
     assert lines[-1]["split"] == "final"
+    (tmp_path / "data" / "cifar.tar.gz").unlink()
+    run("nepa_deep", tmp_path / "run", "--resume --max_train_steps 7", tiny=False)  # fetches nothing
     with pytest.raises(SystemExit) as exit_:
         run("nepa_deep", tmp_path / "run2", f"--data_dir {tmp_path / 'other'} --download")
     assert str(exit_.value).startswith(f"error: {server.url}: ") and "\n" not in str(exit_.value)
@@ -1909,6 +1918,36 @@ def test_evaluation_draws_nothing_and_reads_the_asked_layer(tmp_path, monkeypatc
         args.probe_layer = layer
         state = output.prediction if layer is None else states[layer]
         torch.testing.assert_close(nepa_deep.features(output, args), torch.stack(list(state[:, 1:].unbind(1))).mean(0))
+
+
+def test_the_probes_see_file_order_whatever_the_number_of_processes(monkeypatch, tmp_path):
+    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON} --out_dir {tmp_path}")
+    data = nepa_deep.make_data(args)
+    torch.manual_seed(0)
+    model = nepa_deep.Model(nepa_deep.Config(**data["config"])).eval()
+    probed, parts, gather = [], [], nepa_deep.gather
+
+    def gather_two(value):
+        if isinstance(value, tuple):
+            parts.append(value)
+            return parts[-2:]
+        return gather(value)
+
+    def probe(*pairs):
+        probed.append([torch.cat([each[i] for each in batches]) for batches in pairs for i in (0, 1)])
+        return {}
+
+    monkeypatch.setattr(nepa_deep, "probe", probe)
+    one = nepa_deep.evaluate(model, data, args)
+    monkeypatch.setattr(nepa_deep, "gather", gather_two)
+    monkeypatch.setattr(nepa_deep, "world_size", lambda: 2)
+    for process in (0, 1):
+        monkeypatch.setattr(nepa_deep, "rank", lambda process=process: process)
+        two = nepa_deep.evaluate(model, data, args)
+    for a, b in zip(probed[0], probed[-1]):
+        torch.testing.assert_close(a, b)
+    for name in ("embed_cos", "effective_rank", "constant_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
 def test_the_probes_see_uncut_training_images_with_their_labels(tmp_path):
@@ -2670,6 +2709,7 @@ def test_a_learned_answer_is_found_by_evaluation_and_by_prompt(tmp_path, capsys)
         ("2+2=4\n\n3+1=4", (0, 0, 1)),
         ("2+1=3\n\n0+3+1=4", (0, 0, 1)),
         ("2+1=3\n\n3+1=5", (0, 0, 0)),
+        (24 * "1" + "=42", (0, 0, 0)),  # cut after the 4, twice as long as the right one
     ],
 )
 def test_what_counts_as_a_match(answer, scores, monkeypatch, tmp_path):
