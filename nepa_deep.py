@@ -531,6 +531,7 @@ def crop_boxes(position, height, width, args):
     Each row is top, left, height, width, flipped (0 or 1). The crop has crop_scale to 1 of the area and an aspect ratio
     of 3:4 to 4:3, log-uniform, or the nearest with which it fits.
     """
+    # Salts 8 * seed to 8 * seed + 4, and + 5 for the stretching of positions: no two seeds share one.
     area, ratio, top, left, flip = (mix(position, 8 * args.seed + k) / 2**64 for k in range(5))
     area = height * width * (args.crop_scale + (1 - args.crop_scale) * area)
     ratio = ((4 / 3) ** (2 * ratio - 1)).clip(area / height**2, width**2 / area)
@@ -583,9 +584,7 @@ def make_data(args):
 
     size = args.image_size or min(height, width)
     if size % args.patch_size:
-        what = (
-            f"images are {height} x {width} x {channels}, expected a side that --patch_size {args.patch_size} divides"
-        )
+        what = f"images are {height} x {width} x {channels}, expected --patch_size {args.patch_size} to divide a side"
         raise DataError(f"{args.data_dir}: {what}; or give --image_size")
     flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     config = dataclasses.asdict(Config(**flags | {"image_size": size, "num_channels": channels}))

@@ -1590,9 +1590,7 @@ BAD_IMAGES = {
     "labels.npy: 19 labels, expected 20": arrays(labels=np.zeros(19, np.int64)),
     "labels.npy: entry 3 is -1, expected classes": arrays(labels=np.array([0, 1, 2, -1] * 5)),
     "labels.npy: entry 1 is 10000, expected classes": arrays(labels=np.array([0, 10_000] * 10)),
-    "images are 9 x 9 x 3, expected a side that --patch_size 8 divides": arrays(
-        images=np.zeros((20, 9, 9, 3), np.uint8)
-    ),
+    "images are 9 x 9 x 3, expected --patch_size 8 to divide a side": arrays(images=np.zeros((20, 9, 9, 3), np.uint8)),
 }
 
 
