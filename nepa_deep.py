@@ -37,6 +37,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -1049,7 +1050,10 @@ CHECKPOINT_KEYS |= {"rows", "evaluated", "best", "seconds", "wandb_id"}
 
 
 def write_atomically(path, write):
-    """write(file) into a temporary file beside path, then rename: path holds the old content or the new, never half."""
+    """write(file) into a temporary file beside path, then rename: path holds the old content or the new, never half.
+
+    Raises DataError when that fails, on a full disk for one.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1057,6 +1061,8 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:  # torch.save has its own types
+        raise DataError(f"{path}: cannot be written ({first_line(error)}), expected a folder with room") from None
     finally:
         temporary.unlink(missing_ok=True)  # a full disk keeps no half file
 
@@ -1110,11 +1116,10 @@ class Log:
         self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         if rank() > 0:
             return
-        path = Path(args.out_dir) / "metrics.jsonl"
-        if checkpoint and path.exists():  # what was logged after the checkpoint will be logged again
-            lines = [line for line in path.read_text().splitlines() if self.is_older(line, checkpoint)]
-            write_atomically(path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
-        self.file = open(path, "a")  # noqa: SIM115 (open as long as the run)
+        self.path = Path(args.out_dir) / "metrics.jsonl"
+        if checkpoint and self.path.exists():  # what was logged after the checkpoint will be logged again
+            lines = [line for line in self.path.read_text().splitlines() if self.is_older(line, checkpoint)]
+            write_atomically(self.path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
         if args.wandb_mode != "disabled":
             try:
                 import wandb
@@ -1151,8 +1156,11 @@ class Log:
                 raise DataError(f"step {step}: {split} {name} is {value}, expected a finite number")
         if rank() > 0:
             return
-        self.file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
-        self.file.flush()
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror}), expected room for a line") from None
         if self.wandb:
             prefix = "" if split == "train" else split + "/"
             self.wandb.log({prefix + name: value for name, value in metrics.items()}, step=step)
@@ -1175,7 +1183,6 @@ class Log:
     def close(self):
         if rank() == 0:
             self.bar.close()
-            self.file.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -1192,9 +1199,11 @@ def fit(config, checkpoint, source):
 
 
 def train(args, checkpoint):
-    """Train, evaluate, save: the whole loop in sight."""
+    """Train, evaluate, save: the whole loop in sight. Returns the exit code, 128 + the number of a signal after one."""
     data, out_dir, accum = make_data(args), Path(args.out_dir), args.grad_accum
-    num_rows = args.batch_size * accum * world_size()
+    num_rows, size = args.batch_size * accum * world_size(), size_of(data["train"])
+    if num_rows > size:
+        raise DataError(f"--batch_size * --grad_accum * processes is {num_rows}, expected at most {size}, all samples")
     torch.manual_seed(args.seed)
     model = Model(Config(**data["config"])).to(args.device)
     if "init" in data and not checkpoint:
@@ -1233,10 +1242,12 @@ def train(args, checkpoint):
             torch.cuda.set_rng_state(on_cuda)
     if rank() == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES if args.overwrite and not checkpoint else ():
-            (out_dir / name).unlink(missing_ok=True)
+        for name in RUN_FILES:
+            (out_dir / (name + ".tmp")).unlink(missing_ok=True)  # of a process killed while it wrote
+            if args.overwrite and not checkpoint:
+                (out_dir / name).unlink(missing_ok=True)
     log = Log(args, data["describe"], checkpoint)
-    count = f"{sum(p.numel() for p in model.parameters()):,} parameters, {size_of(data['train']):,} training samples"
+    count = f"{sum(p.numel() for p in model.parameters()):,} parameters, {size:,} training samples"
     log.say(f"{Path(__file__).stem}: {count}, {world_size()} x {args.device} {args.dtype} -> {out_dir}")
 
     first_bad = torch.full((2,), -1, device=args.device)  # first update whose loss, gradient norm was not finite
@@ -1250,6 +1261,8 @@ def train(args, checkpoint):
 
     def save(name):
         stop_if_broken()
+        if not all(p.isfinite().all() for p in params):  # the last update's doing: its own loss was still a number
+            raise DataError(f"step {step}: train weights are not finite, expected numbers; the checkpoint stays")
         on_cpu = [state and {key: value.cpu() for key, value in state.items()} for state in states]
         rng = [torch.get_rng_state(), torch.cuda.get_rng_state() if args.device.startswith("cuda") else None]
         mine = ({key: (float(total), float(n)) for key, (total, n) in sums.items()}, on_cpu, rng)
@@ -1354,7 +1367,7 @@ def train(args, checkpoint):
         command = f"{launcher} {Path(__file__).name} --resume --out_dir {shlex.quote(str(out_dir))}"
         log.say(f"stopped after step {step}; go on with: {command}")
         log.close()
-        sys.exit(128 + stop)
+        return 128 + stop
     final = metrics or evaluate((ema or model).eval(), data, args)
     if rank() == 0:
         final |= {f"best_{name}": value for name, value in best.items()} | data["baselines"]()
@@ -1362,10 +1375,11 @@ def train(args, checkpoint):
         log.say(data["report"](final))
         log.say(f"best checkpoint: {out_dir}/best.pt, of step {best['step']}")
     log.close()
+    return 0
 
 
 def main():
-    args, checkpoint = None, None
+    message, code = None, 0
     try:
         args, checkpoint = parse_args()
         if args.device.startswith("cuda"):
@@ -1384,14 +1398,26 @@ def main():
             if rank() == 0:
                 print(data["report"](metrics | data["baselines"]()))
         else:
-            train(args, checkpoint)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+            code = train(args, checkpoint)
     except KeyboardInterrupt:  # before training has begun; from then on the run ends in good order
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = 130
+    except Exception as error:
+        code = 1
+        if isinstance(error, (DataError, OSError)):
+            message = f"error: {error}"
+        elif "gloo" in str(error) or "NCCL" in str(error):
+            message = f"error: process {rank()} lost another one, which says why: {first_line(error)}"
+        elif dist.is_initialized():
+            message = traceback.format_exc()
+        else:
+            raise
+    if dist.is_initialized():  # no tidying up: freed in the wrong order, gloo and torch wait for each other's threads
+        if message:
+            print(message, file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(code)
+    if code:
+        sys.exit(message or code)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,17 @@ import hashlib
 import http.server
 import inspect
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import pickle
+import random
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -59,6 +65,16 @@ TINY = {
 COMMON = "--device cpu --batch_size 8 --max_train_steps 6 --warmup_steps 2 --eval_interval 3 --eval_samples 20"
 COMMON += " --log_interval 1 --save_interval 3"
 each_script = pytest.mark.parametrize("script", SCRIPTS)
+# Runs in processes of their own are forked from a server that has imported torch and the scripts, and computed nothing.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_all"])
+if os.environ.get("FORK_SERVER"):  # this is that server: its children find the worlds, and what AdamW imports, ready
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    nepa_deep.make_world(0)
+    jepa_lm.make_world(0, False)
+os.environ["FORK_SERVER"] = "yes"
 
 
 @pytest.fixture(autouse=True)
@@ -112,10 +128,66 @@ def shell(command, **kwargs):
     return subprocess.run(words, cwd=HERE, env=env, capture_output=True, text=True, timeout=300, **kwargs)
 
 
-def torchrun(processes, command):
-    done = shell(f"python -m torch.distributed.run --standalone --nproc_per_node {processes} {command}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+class Processes:
+    """The script's own main() in processes of its own, connected as torchrun does it."""
+
+    def __init__(self, script, out_dir, flags="", count=1, tiny=True, prepare=None):
+        """prepare(rank), called in each process before main: a function of this module that breaks something."""
+        words = ["--out_dir", str(out_dir), *(f"{TINY[script]} {COMMON} {flags}" if tiny else flags).split()]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+        self.logs = [tempfile.NamedTemporaryFile() for _ in range(count)]  # noqa: SIM115 (as long as they are looked at)
+        self.all = [
+            FORKS.Process(target=self.child, args=(script, words, log.name, where, rank, prepare))
+            for rank, log in enumerate(self.logs)
+        ]
+        for process in self.all:
+            process.start()
+
+    @staticmethod
+    def child(script, words, log, where, rank, prepare):
+        log = os.open(log, os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+        torch.set_num_threads(1)
+        sys.argv = [f"{script}.py", *words]
+        if prepare:
+            prepare(rank)
+        SCRIPTS[script].main()
+
+    def signal(self, number):
+        for process in self.all:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def wait(self, seconds=120):
+        """The exit codes: a signal's number below zero, None for who still ran after so many seconds and was killed."""
+        deadline = time.monotonic() + seconds
+        for process in self.all:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.all]
+        self.signal(signal.SIGKILL)
+        return codes
+
+    def text(self, rank=0):
+        return Path(self.logs[rank].name).read_text()
+
+
+def two_processes(script, out_dir, flags="", **kwargs):
+    """Like run, in two processes."""
+    processes = Processes(script, out_dir, flags, count=2, **kwargs)
+    assert processes.wait() == [0, 0], processes.text(0) + processes.text(1)
+    return lines_of(out_dir)
+
+
+def wait_for_lines(out_dir, count):
+    """Until metrics.jsonl has so many lines."""
+    path, deadline = Path(out_dir) / "metrics.jsonl", time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def load(out_dir, name="ckpt.pt"):
@@ -214,6 +286,22 @@ def test_validation_visits_every_sample_once_in_order():
     assert [len(x) for x in parts[0]] == [5, 5, 3] and [len(x) for x in parts[1]] == [5, 5]
     assert sorted(torch.cat(parts[0] + parts[1]).tolist()) == list(range(23))
     assert torch.cat([b["x"] for b in fixed_batches(dataset, 5, "cpu", limit=7)]).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("ahead", [1, 5])
+def test_the_order_does_not_depend_on_how_far_ahead_batches_are_made(ahead):
+    for dataset in ({"i": np.arange(50)}, Bucketed(list(range(50)), np.arange(50) % 7)):
+        collate = None if isinstance(dataset, dict) else lambda picked, extra: {"i": np.array(picked)}
+        loader, seen = Loader(dataset, 4, seed=3, device="cpu", collate=collate), []
+        for step in range(ahead):
+            loader.request(0, torch.full((4,), step))
+        for step in range(ahead, 40 + ahead):
+            seen.append(loader.next()["i"].tolist())
+            loader.request(0, torch.full((4,), step))
+        if isinstance(dataset, dict):
+            assert seen == [sample_index(np.full(4, k), np.arange(4), 4, 50, 3).tolist() for k in range(40)]
+        else:
+            assert seen == [bucketed_window(k // 12, 4, dataset.lengths, 3)[k % 12].tolist() for k in range(40)]
 
 
 def test_lists_need_a_collate_function_and_errors_leave_the_thread():
@@ -995,6 +1083,7 @@ def test_bad_data_is_one_line_that_names_the_file(tmp_path, message):
         run("trm_deep", tmp_path / "run", f"--data_folder {folder}")
     text = stop.value.code
     assert text.startswith(f"error: {folder}") and message in text and "expected" in text and "\n" not in text
+    assert not (tmp_path / "run").exists() or "finite" in message
 
 
 def test_a_file_that_is_no_tensor_and_one_that_was_cut_short(tmp_path):
@@ -2277,7 +2366,7 @@ def test_a_bad_chat_is_one_line_that_names_file_and_line(tmp_path, line):
     with pytest.raises(SystemExit) as stop:
         run("jepa_lm", tmp_path / "run", f"--train_file {path}")
     assert stop.value.code.startswith(f"error: {path}:6: ") and BAD_CHATS[line] in stop.value.code
-    assert "expected" in stop.value.code and "\n" not in stop.value.code
+    assert "expected" in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "run").exists()
 
 
 def test_files_that_are_missing_or_empty_and_chats_that_are_too_long(tmp_path, capsys):
@@ -2304,7 +2393,7 @@ def test_files_that_are_missing_or_empty_and_chats_that_are_too_long(tmp_path, c
     run(
         "jepa_lm",
         tmp_path / "run",
-        f"--train_file {four} --eval_file {three} --max_length {longest - 1} --max_train_steps 1",
+        f"--train_file {four} --eval_file {three} --max_length {longest - 1} --max_train_steps 1 --batch_size 2",
     )
     out = capsys.readouterr().out
     assert (
@@ -2497,11 +2586,7 @@ def test_regular_and_lbd_0_are_the_same_run_to_the_last_bit(accum, tmp_path, mon
 def test_regular_and_lbd_0_are_the_same_run_in_two_processes(tmp_path):
     runs = {}
     for name, flags in {"regular": "--regular", "zero": "--lbd 0 --num_prediction_steps 2"}.items():
-        torchrun(
-            2,
-            f"jepa_lm.py {TINY['jepa_lm']} {COMMON} --batch_size 2 --grad_accum 2 {flags} --out_dir {tmp_path / name}",
-        )
-        runs[name] = lines_of(tmp_path / name)
+        runs[name] = two_processes("jepa_lm", tmp_path / name, f"--batch_size 2 --grad_accum 2 {flags}")
     assert without_time(runs["regular"]) == without_time(runs["zero"])
     close(run("jepa_lm", tmp_path / "one", "--regular"), runs["zero"], 2e-5)
 
@@ -2629,8 +2714,7 @@ def test_two_processes_when_one_of_them_has_no_pair(tmp_path):
     flags = f"--train_file {path} --eval_file {path} --jepa_loss l2 --predictors 0"
     one = run("jepa_lm", tmp_path / "one", f"{flags} --batch_size 16")
     assert all(line["skipped"] == 0.5 and line["pairs"] == 1 for line in one if line["split"] == "train")
-    torchrun(2, f"jepa_lm.py {TINY['jepa_lm']} {COMMON} --batch_size 8 {flags} --out_dir {tmp_path / 'two'}")
-    close(one, lines_of(tmp_path / "two"), 2e-5)
+    close(one, two_processes("jepa_lm", tmp_path / "two", f"--batch_size 8 {flags}"), 2e-5)
 
 
 # ==== jepa_lm.py: generation =========================================================================================
@@ -2916,12 +3000,13 @@ def test_accumulating_4_x_8_equals_1_x_32(script, tmp_path):
 
 
 @each_script
-@pytest.mark.parametrize("flags", ["", "--grad_accum 2 --grad_checkpoint --eval_samples 3"])
+@pytest.mark.parametrize("flags", ["--grad_accum 1", "--grad_accum 3 --grad_checkpoint --eval_samples 3"])
 def test_two_processes_equal_one(script, tmp_path, flags):
-    accum = 2 if "accum" in flags else 1
+    """19 validation samples are batches of 4, 4, 4, 4 and 3 for two; of 3 the second process has none at all."""
+    accum = int(flags.split()[1])
+    flags = f"--eval_samples 19 {flags}"
     one = run(script, tmp_path / "one", f"{flags} --grad_accum 1 --batch_size {8 * accum}")
-    torchrun(2, f"{script}.py {TINY[script]} {COMMON} --batch_size 4 {flags} --out_dir {tmp_path / 'two'}")
-    close(one, lines_of(tmp_path / "two"), 2e-5)
+    close(one, two_processes(script, tmp_path / "two", f"{flags} --batch_size 4"), 2e-5)
     state = load(tmp_path / "two")["state"]
     for name, value in (load(tmp_path / "one")["state"] or {}).items():
         torch.testing.assert_close(state[name], value, atol=1e-2, rtol=1e-2)
@@ -2931,13 +3016,35 @@ def test_two_processes_equal_one(script, tmp_path, flags):
     close(run(script, tmp_path / "one", grown, tiny=False), lines, 1e-4)
 
 
+def always_sure(rank=0):
+    """Every row halts as soon as it may."""
+    real = trm_deep.Model.__init__
+
+    def init(self, config):
+        real(self, config)
+        torch.nn.init.constant_(self.q_head.bias, 5.0)
+
+    trm_deep.Model.__init__ = init
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_two_processes_equal_one_when_rows_halt_at_different_steps(accum, tmp_path, monkeypatch):
+    flags = "--halt_exploration_prob 0.6 --halt_max_steps 4 --max_train_steps 8"
+    monkeypatch.setattr(trm_deep.Model, "__init__", trm_deep.Model.__init__)  # undone at the end
+    always_sure()
+    one = run("trm_deep", tmp_path / "one", f"{flags} --batch_size {8 * accum}")
+    halted = load(tmp_path / "one")["state"]
+    assert len(set(halted["turn"].tolist())) > 2 and 0 < halted["halted"].sum() < len(halted["halted"])
+    flags += f" --batch_size 4 --grad_accum {accum}"
+    close(one, two_processes("trm_deep", tmp_path / "two", flags, prepare=always_sure), 2e-5)
+    state = load(tmp_path / "two")["state"]
+    assert all(torch.equal(halted[name], state[name]) for name in ("turn", "halted", "steps", "min_steps"))
+
+
 def test_two_processes_of_the_plain_and_detached_trm(tmp_path):
     for name, flags in {"plain": "--enable_deep_supervision False", "detached": "--detach_cycles"}.items():
         one = run("trm_deep", tmp_path / f"{name}1", flags)
-        torchrun(
-            2, f"trm_deep.py {TINY['trm_deep']} {COMMON} --batch_size 4 {flags} --out_dir {tmp_path / (name + '2')}"
-        )
-        close(one, lines_of(tmp_path / f"{name}2"), 2e-5)
+        close(one, two_processes("trm_deep", tmp_path / f"{name}2", f"--batch_size 4 {flags}"), 2e-5)
 
 
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
@@ -3006,7 +3113,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half of the n")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(DataError, match=r"ckpt.pt: cannot be written \(disk full\), expected"):
         trm_deep.write_atomically(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
@@ -3044,6 +3151,9 @@ BAD_FLAGS = {
     "--grad_checkpoint maybe": "'maybe', expected True or False",
     "--device quantum": "--device quantum",
     "--device meta": "--device meta",
+    "--max_train_steps 0": "'0', expected an integer of at least 1",
+    "--save_interval -1": "'-1', expected an integer of at least 0",
+    "--wandb_mode maybe": "invalid choice: 'maybe'",
     "--seed 4294967296": "'4294967296', expected an integer of at least 0 and at most 4294967295",
     "--resume": "needs the --out_dir",
     "--unknown 1": "unrecognized arguments: --unknown 1",
@@ -3062,12 +3172,26 @@ BAD_TRM_FLAGS = {
     "--predict a.npy b.npy": "--predict needs --eval_only",
     "--rollout 3": "--rollout needs --predict",
 }
+BAD_NEPA_FLAGS = {
+    "--download": "--download needs the --data_dir to download to",
+    "--hidden_size 66": "--hidden_size 66 must be a multiple of 4 * --num_heads = 8",
+    "--num_heads 3": "--hidden_size 64 must be a multiple of 4 * --num_heads = 12",
+    "--patch_size 5": "--image_size 32 must be a multiple of --patch_size 5",
+    "--num_layers 1 --use_intermediate_loss": "--use_intermediate_loss needs --num_layers 2 or more",
+    "--intermediate_loss_weight 2": "--intermediate_loss_weight needs --use_intermediate_loss",
+    "--qk_norm False --qk_norm_affine": "--qk_norm_affine needs --qk_norm",
+    "--probe_layer 5": "--probe_layer 5 must be at most --num_layers 4",
+    "--crop_scale 0": "'0', expected a number of at least 0.01 and at most 1.0",
+    "--rope_rescale 0.5": "'0.5', expected a number of at least 1.0",
+    "--probe_samples 5": "'5', expected an integer of at least 10",
+}
 
 
 @pytest.mark.parametrize(
     "script,flags,message",
     [(script, *item) for script in SCRIPTS for item in BAD_FLAGS.items()]
-    + [("trm_deep", *item) for item in BAD_TRM_FLAGS.items()],
+    + [("trm_deep", *item) for item in BAD_TRM_FLAGS.items()]
+    + [("nepa_deep", *item) for item in BAD_NEPA_FLAGS.items()],
 )
 def test_bad_flags_are_refused_by_the_parser_with_the_reason(script, flags, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
@@ -3197,6 +3321,360 @@ def test_micro_batches_weigh_what_they_hold(tmp_path, monkeypatch):
     mask = np.arange(5) < n[index][:, None]
     gradient = (-2 * x[index][mask]).mean(0) + (-2 * x[index][:, 0]).mean(0)  # of both means at w = 0
     assert one[1]["grad_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+
+
+# ==== reliability ====================================================================================================
+
+
+def die_in_a_write(at, moment, rank):
+    """SIGKILL in the at-th atomic write: with half of the bytes written, before the file takes its place, or after."""
+    real_sync, real_replace, count = os.fsync, os.replace, [0]
+
+    def die(now):
+        if count[0] == at and moment == now:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def sync(file):
+        count[0] += 1
+        if moment == "half" and count[0] == at:
+            os.truncate(file, os.fstat(file).st_size // 2)
+        die("half")
+        real_sync(file)
+
+    def replace(*paths):
+        die("before")
+        real_replace(*paths)
+        die("after")
+
+    os.fsync, os.replace = sync, replace
+
+
+@each_script
+def test_killed_at_20_moments_and_resumed_it_is_the_run_that_never_was(script, tmp_path):
+    """Half of the kills come at a random time, half inside a random write of best.pt, ckpt.pt or metrics.jsonl."""
+    flags = "--max_train_steps 12 --eval_interval 4 --save_interval 2 --ema_decay 0.9"
+    for _ in range(2):  # the first time may wait for the server
+        start = time.monotonic()
+        assert Processes(script, tmp_path / "whole", f"{flags} --overwrite").wait() == [0]
+    seconds, whole = time.monotonic() - start, without_time(lines_of(tmp_path / "whole"))
+    rng, kills, out = random.Random(script), 0, tmp_path / "0"
+    while kills < 20:
+        resume, prepare = (out / "ckpt.pt").exists(), None
+        if kills % 2:
+            moment = rng.choice(["half", "before", "after"])
+            prepare = functools.partial(die_in_a_write, rng.randint(1, 9), moment)
+        words = "--resume" if resume else f"{TINY[script]} {COMMON} {flags} --overwrite"
+        process = Processes(script, out, words, tiny=False, prepare=prepare)
+        if not prepare:
+            time.sleep(rng.uniform(0, seconds))
+            process.signal(signal.SIGKILL)
+        (code,) = process.wait()
+        assert code in (0, -9), process.text()
+        kills += code == -9
+        if code == 0 or kills == 20:
+            run(script, out, "--resume", tiny=False)  # a no-op, but for the last run, which was killed
+            assert without_time(lines_of(out)) == whole
+            for name in ("ckpt.pt", "best.pt"):
+                one, other = load(tmp_path / "whole", name), load(out, name)
+                assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer", "state", "best"))
+            assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "ckpt.pt", "best.pt"}
+            out = tmp_path / str(kills)
+
+
+@each_script
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_one_of_two_processes_ends_both_in_good_order(script, number, code, tmp_path):
+    flags = "--batch_size 4 --max_train_steps 100000 --eval_interval 100000 --save_interval 0"
+    processes = Processes(script, tmp_path, flags, count=2)
+    wait_for_lines(tmp_path, 4)
+    os.kill(processes.all[number == signal.SIGINT].pid, number)
+    assert processes.wait() == [code, code], processes.text()
+    stopped = load(tmp_path)["step"]
+    assert f"stopped after step {stopped}; go on with: torchrun --nproc_per_node 2 {script}.py" in processes.text()
+    assert stopped >= 3 and lines_of(tmp_path)[-1]["step"] == stopped and not processes.text(1)
+
+
+def no_room(size, rank):
+    """A file may grow to so many bytes; what is beyond fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@each_script
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(script, count, tmp_path):
+    whole, out = run(script, tmp_path / "whole", "--batch_size 16"), tmp_path / "run"
+    flags = f"--batch_size {16 // count}"
+    run(script, out, "--batch_size 16 --max_train_steps 3 --min_lr_ratio 1")
+    run(script, out, "--batch_size 16 --max_train_steps 3 --overwrite")  # of three updates: its cosine is another
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for file, size in (("metrics.jsonl", len(before["metrics.jsonl"]) + 20), ("(ckpt|best).pt", 20_000)):
+        again = f"--resume --max_train_steps 6 {flags} --grad_accum 1"
+        full = Processes(script, out, again, count=count, tiny=False, prepare=functools.partial(no_room, size))
+        assert full.wait(60)[0] == 1
+        error = [line for line in full.text().splitlines() if not line.startswith((script, "Step "))]
+        assert len(error) == 1 and re.match(rf"error: \S*/{file}: cannot be written \(.*\), expected ", error[0])
+        assert "Traceback" not in full.text(count - 1)
+        assert before["ckpt.pt"] == (out / "ckpt.pt").read_bytes() and load(out, "best.pt")["step"] <= 6
+        assert not list(out.glob("*.tmp"))
+    lines = run(script, out, "--resume --max_train_steps 6", tiny=False)
+    assert [(line["split"], line["step"]) for line in lines] == [(line["split"], line["step"]) for line in whole]
+
+
+@each_script
+def test_a_folder_that_cannot_be_written_is_one_line(script, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SystemExit, match=r"^error: \[Errno \d+\] .*file.*$"):
+        run(script, tmp_path / "file" / "run")
+    if os.getuid():  # the superuser may write everywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(SystemExit, match=r"^error: .*Permission denied.*closed"):
+            run(script, tmp_path / "closed" / "run")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@each_script
+def test_a_checkpoint_that_cannot_be_read_is_named_and_kept_and_the_good_one_loads(script, tmp_path):
+    lines = run(script, tmp_path)
+    good = (tmp_path / "ckpt.pt").read_bytes()
+    other = "trm_deep" if script != "trm_deep" else "jepa_lm"
+    run(other, tmp_path / "other")
+    foreign = (tmp_path / "other" / "ckpt.pt").read_bytes()
+    for bad, message in ((good[: len(good) // 2], "cannot be read"), (foreign, f"written by {other}.py")):
+        (tmp_path / "ckpt.pt").write_bytes(bad)
+        for flags in ("--resume", "--resume --max_train_steps 8"):
+            with pytest.raises(SystemExit) as stop:
+                run(script, tmp_path, flags, tiny=False)
+            text = str(stop.value)
+            assert text.startswith(f"error: {tmp_path}/ckpt.pt: {message}") and "expected" in text and "\n" not in text
+        assert (tmp_path / "ckpt.pt").read_bytes() == bad and lines_of(tmp_path) == lines
+        run(script, tmp_path, "--eval_only", tiny=False)  # best.pt
+    (tmp_path / "ckpt.pt").write_bytes(good)
+    assert run(script, tmp_path, "--resume --max_train_steps 8", tiny=False)[-1]["step"] == 8
+
+
+def fail_at(step, rank):
+    """The second process fails in an update, as code with a bug would."""
+    if rank == 1:
+        for module in SCRIPTS.values():
+            real, count = module.compute_loss, itertools.count(1)
+
+            def failing(*inputs, real=real, count=count):
+                if next(count) == step:
+                    raise IndexError("the second process has a bug")
+                return real(*inputs)
+
+            module.compute_loss = failing
+
+
+@each_script
+def test_a_process_that_fails_takes_the_run_down_with_its_own_error(script, tmp_path):
+    flags = "--batch_size 4 --max_train_steps 100000 --eval_interval 100000 --log_interval 1"
+    processes = Processes(script, tmp_path, flags, count=2, prepare=functools.partial(fail_at, 5))
+    assert processes.wait(60) == [1, 1]
+    assert "IndexError: the second process has a bug" in processes.text(1)
+    lost = processes.text().splitlines()[-1]
+    assert (
+        lost.startswith("error: process 0 lost another one, which says why: ") and "Traceback" not in processes.text()
+    )
+
+
+def test_a_bad_sample_seen_by_one_process_ends_both(tmp_path):
+    x = torch.randn(40, 6, 8)
+    x[17, 2, 3] = math.nan
+    folder = folder_with(tmp_path / "data", {"train_embeddings_chunk_0.pt": x, "val_embeddings_chunk_0.pt": x[:9]})
+    processes = Processes("trm_deep", tmp_path / "run", f"--data_folder {folder} --batch_size 2", count=2)
+    assert processes.wait(60) == [1, 1]
+    errors = [processes.text(rank).splitlines()[-1] for rank in (0, 1)]
+    assert f"error: {folder}/train_embeddings_chunk_0.pt: sample 17 is not finite, expected numbers" in errors
+    assert all(line.startswith("error: ") for line in errors)
+
+
+def test_a_bad_number_is_named_where_it_stands_in_training_and_in_validation(tmp_path):
+    x = np.random.default_rng(0).standard_normal((2, 30, 6, 8)).astype(np.float16)
+    x[1, 7, 0, 0] = np.inf
+    for name, (train, val) in {"train": (x, x[:1]), "val": (x[:1], x)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for split, chunks in (("train", train), ("val", val)):
+            for i, chunk in enumerate(chunks):
+                np.save(folder / f"{split}_embeddings_chunk_{i}.npy", chunk)
+        with pytest.raises(SystemExit) as stop:
+            run("trm_deep", folder / "run", f"--data_folder {folder} --max_train_steps 40 --eval_samples 0")
+        assert (
+            stop.value.code
+            == f"error: {folder}/{name}_embeddings_chunk_1.npy: sample 7 is not finite, expected numbers"
+        )
+
+
+@each_script
+def test_an_absurd_learning_rate_stops_the_run_and_keeps_the_weights_before(script, tmp_path):
+    flags = "--max_train_steps 50 --log_interval 50 --eval_interval 50 --save_interval 1 --warmup_steps 30 --lr 1e30"
+    with pytest.raises(SystemExit, match=r"^error: step \d+: train \w+ (is|are) not finite, expected"):
+        run(script, tmp_path, flags)
+    assert all(value.isfinite().all() for value in load(tmp_path)["model"].values())
+
+
+@each_script
+def test_a_batch_larger_than_the_data_is_refused(script, tmp_path):
+    with pytest.raises(SystemExit, match="--grad_accum . processes is 1000000, expected at most [0-9]+, all samples"):
+        run(script, tmp_path, "--batch_size 100000 --grad_accum 10")
+    assert not list(tmp_path.iterdir())
+
+
+@each_script
+def test_one_validation_sample_is_enough(script, tmp_path):
+    lines = run(script, tmp_path, "--eval_samples 1")
+    assert all(math.isfinite(value) for line in lines for value in line.values() if not isinstance(value, str))
+
+
+OTHER_SIZES = {
+    "nepa_deep": ("--num_layers 2", "num_layers"),
+    "trm_deep": ("--hidden_size 64", "hidden_size"),
+    "jepa_lm": ("--hidden_size 64", "hidden_size"),
+}
+
+
+@each_script
+def test_resuming_with_another_model_is_refused_by_name(script, tmp_path, capsys):
+    run(script, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    flags, name = OTHER_SIZES[script]
+    with pytest.raises(SystemExit) as stop:
+        run(script, tmp_path, f"--resume {flags}", tiny=False)
+    assert stop.value.code == 2 and f"{flags} conflicts with the run in" in capsys.readouterr().err
+    checkpoint = load(tmp_path)
+    checkpoint["config"][name] += 1  # and where the data have changed
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit, match=rf"^error: .*: {name} is \d+ by the data and flags, expected \d+ as in the"):
+        run(script, tmp_path, "--resume", tiny=False)
+    assert all((tmp_path / name).read_bytes() == before[name] for name in ("best.pt", "metrics.jsonl"))
+
+
+class Exploit:
+    """Unpickled carelessly, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_file_can_run_code(tmp_path):
+    """A pickle in the place of a checkpoint, of embeddings, of images, of a sequence to continue, of weights."""
+    run("trm_deep", tmp_path / "trm")
+    folder, mark = tmp_path / "data", tmp_path / "it_ran"
+    folder.mkdir()
+    contents = io.BytesIO()
+    torch.save({"script": "trm_deep", "x": Exploit(mark)}, contents)
+    objects = io.BytesIO()
+    np.save(objects, np.array([Exploit(mark)], dtype=object), allow_pickle=True)
+    trm = f"--data_folder {folder}"
+    cases = [
+        *((script, f"{script}/ckpt.pt", "--resume") for script in SCRIPTS),
+        ("trm_deep", "data/train_embeddings_chunk_0.pt", trm),
+        ("trm_deep", "data/train_embeddings_chunk_0.npy", trm),
+        ("nepa_deep", "data/images.npy", f"--data_dir {folder}"),
+        ("nepa_deep", "weights.pt", f"--init_from {tmp_path}/weights.pt"),
+        ("trm_deep", "in.npy", f"--eval_only --predict {tmp_path}/in.npy {tmp_path}/out.npy"),
+    ]
+    for payload in (contents.getvalue(), objects.getvalue(), pickle.dumps(Exploit(mark))):
+        for script, name, flags in cases:
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(payload)
+            out = tmp_path / script if "--resume" in flags else tmp_path / ("trm" if "predict" in flags else "new")
+            with pytest.raises(SystemExit) as stop:
+                run(script, out, flags, tiny=False)
+            text = str(stop.value.code)
+            assert text.startswith(f"error: {path}: ") and "expected" in text and "\n" not in text
+            assert not mark.exists() and path.read_bytes() == payload
+            path.unlink()
+    pickle.loads(pickle.dumps(Exploit(mark)))
+    assert mark.exists()  # it would have
+
+
+def resident():
+    """Bytes of memory this process has in use, and its open files."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))
+
+
+def evaluate_200_times(script, rank):
+    """Replaces the script's run by evaluations; prints the growth of memory and files over the last 150."""
+
+    def main():
+        module = SCRIPTS[script]
+        args = module.parse_args()[0]
+        data = module.make_data(args)
+        model = module.Model(module.Config(**data["config"])).eval()
+        for turn in range(200):
+            module.evaluate(model, data, args)
+            before = resident() if turn == 49 else before if turn else None  # noqa: F821
+        after = resident()
+        print(
+            json.dumps(
+                {"bytes": after[0] - before[0], "files": after[1] - before[1], "threads": threading.active_count()}
+            )
+        )
+
+    SCRIPTS[script].main = main
+
+
+@each_script
+def test_200_evaluations_leak_nothing(script, tmp_path):
+    flags = "--eval_samples 8 --probe_samples 10" if script == "nepa_deep" else "--eval_samples 8"
+    process = Processes(script, tmp_path, flags, prepare=functools.partial(evaluate_200_times, script))
+    assert process.wait() == [0], process.text()
+    growth = json.loads(process.text().splitlines()[-1])
+    assert growth["bytes"] < 4 * 2**20 and growth["files"] <= 0 and growth["threads"] <= 1, growth
+
+
+def report_memory(rank):
+    """Prints the most memory the process has ever had resident at its end."""
+    for module in SCRIPTS.values():
+        real = module.main
+        module.main = lambda real=real: (real(), print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+@pytest.mark.parametrize("script", ["nepa_deep", "trm_deep"])
+def test_8_gib_of_data_train_in_the_memory_of_a_small_set(script, tmp_path):
+    """A sparse file takes no room on the disk and reads as zeros. (The chats of jepa_lm.py are text, all in memory.)"""
+    peak = {}
+    for size in (2**24, 2**33):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        if script == "nepa_deep":
+            flag, path = "--data_dir", folder / "images.npy"
+            np.lib.format.open_memmap(path, "w+", np.uint8, (size // 3072, 32, 32, 3))
+            np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (size // 3072,))[1::2] = 1
+        else:
+            flag, path = "--data_folder", folder / "train_embeddings_chunk_0.npy"
+            np.lib.format.open_memmap(path, "w+", np.float16, (size // 8192, 16, 256))
+        assert path.stat().st_size > 0.99 * size and path.stat().st_blocks * 512 < 2**20
+        words = f"{flag} {folder} --max_train_steps 50 --eval_interval 25"
+        process = Processes(script, tmp_path / f"run{size}", words, prepare=report_memory)
+        assert process.wait() == [0], process.text()
+        peak[size] = int(process.text().splitlines()[-1])
+    assert peak[2**33] - peak[2**24] < 300 * 2**20, peak
+
+
+@each_script
+def test_a_run_is_the_same_in_another_process_with_other_hashes(script, tmp_path):
+    """Python's sets and dicts of strings come in another order in every process: nothing may depend on it."""
+    lines = run(script, tmp_path / "a")
+    for value in ("1", "2"):
+        words = [
+            sys.executable,
+            f"{script}.py",
+            *TINY[script].split(),
+            *COMMON.split(),
+            "--out_dir",
+            str(tmp_path / value),
+        ]
+        env = {**os.environ, "PYTHONHASHSEED": value, "OMP_NUM_THREADS": "1"}
+        subprocess.run(words, cwd=HERE, env=env, check=True, capture_output=True)
+        assert without_time(lines_of(tmp_path / value)) == without_time(lines)
 
 
 # ==== the commands as typed ==========================================================================================
