@@ -3583,7 +3583,7 @@ def test_no_file_can_run_code(tmp_path):
         ("nepa_deep", "weights.pt", f"--init_from {tmp_path}/weights.pt"),
         ("trm_deep", "in.npy", f"--eval_only --predict {tmp_path}/in.npy {tmp_path}/out.npy"),
     ]
-    for payload in (contents.getvalue(), objects.getvalue(), pickle.dumps(Exploit(mark))):
+    for payload in (contents.getvalue(), objects.getvalue(), pickle.dumps(Exploit(mark), protocol=2)):
         for script, name, flags in cases:
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
