@@ -204,8 +204,8 @@ class Model(nn.Module):
                 latents.append(z_L)
             return net(z_H, z_L), latents
 
-        if self.grad_checkpoint:  # keep only the states between cycles; backward runs each cycle a second time
-            cycle = functools.partial(checkpoint, cycle, use_reentrant=False, preserve_rng_state=False)
+        # Keep only the states between cycles; backward runs each a second time. Not the last, which it needs first.
+        recomputed = functools.partial(checkpoint, cycle, use_reentrant=False, preserve_rng_state=False)
 
         def head(z):
             z = z if t is None else z[:, [t]]
@@ -218,7 +218,7 @@ class Model(nn.Module):
             last = h == c.H_cycles - 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and (last or enable_deep_supervision)):
                 x = inputs.to(dtype) if w_embed is None else F.linear(inputs.to(dtype), w_embed)
-                z_H, latents = cycle(z_H, z_L, x)
+                z_H, latents = (recomputed if self.grad_checkpoint and not last else cycle)(z_H, z_L, x)
                 z_L = latents[-1]
                 if last or enable_deep_supervision:
                     logits = head(z_H)
@@ -600,21 +600,15 @@ def compute_loss(model, batch, state, args):
     ramp, latent = curriculum(batch["step"], args), args.L_cycle_supervision / args.L_cycles
     supervision = (args.deep_supervision_schedule, args.deep_supervision_weight, ramp)
 
-    # --detach_cycles: the graph of a cycle is used up and freed before the next is built. Its gradients wait here and
-    # join the training loop's one backward pass as sum(p * g), whose gradient is g.
-    params = [p for p in model.parameters() if p.requires_grad] if args.detach_cycles else []
-    waiting = [torch.zeros_like(p) for p in params]
-
+    # --detach_cycles: the graph of a cycle is used up and freed before the next is built. Its gradients are added to
+    # p.grad at once, as another micro-batch's would be: DistributedDataParallel looks at p.grad after the last one.
     def backward_cycle(h, logits, latent_logits):
         alone = [labels] * args.H_cycles  # every other cycle right: the loss that is left is this cycle's
         losses = [
             compute_deep_supervision_loss([*alone[:h], x, *alone[h + 1 :]], labels, *supervision)[0]
             for x in (logits, *latent_logits)
         ]
-        own = losses[0] + latent * sum(losses[1:])
-        for total, grad in zip(waiting, torch.autograd.grad(own, params, allow_unused=True)):
-            if grad is not None:
-                total += grad
+        (batch["share"] * (losses[0] + latent * sum(losses[1:]))).backward()
         return logits.detach(), [x.detach() for x in latent_logits]
 
     carry, outputs = model(
@@ -640,9 +634,8 @@ def compute_loss(model, batch, state, args):
     base = 1.0 if "," in args.deep_supervision_schedule else args.deep_supervision_weight  # a list has its own weights
     metrics = weigh(values | {"supervision_weight": base * ramp * deep}, B)
     metrics["mean_steps"] = ((carry["steps"] * carry["halted"]).sum(), carry["halted"].sum())
-    if waiting:
-        joined = sum((p * grad).sum() for p, grad in zip(params, waiting))
-        loss = loss + joined - joined.detach()
+    if args.detach_cycles:  # DistributedDataParallel waits for every parameter, these are the first cycle's alone
+        loss = loss + 0.0 * sum(p.sum() for name, p in model.named_parameters() if name.endswith("_init"))
     return batch["share"] * (loss + 0.5 * halt_loss), metrics, {**carry, "turn": turn}
 
 
