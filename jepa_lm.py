@@ -148,7 +148,8 @@ class Model(nn.Module):
         # One table in every pass: DistributedDataParallel wants a gradient, if of zeros, for every parameter.
         h = F.embedding(tokens, torch.cat([self.embed.weight, self.predictors]))
         for block in self.layers:
-            if self.grad_checkpoint and torch.is_grad_enabled():
+            # Backward needs the last block first: kept, not run twice, it costs no memory.
+            if self.grad_checkpoint and torch.is_grad_enabled() and block is not self.layers[-1]:
                 h = checkpoint(block, h, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, cos, sin, mask, cache)

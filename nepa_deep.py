@@ -184,7 +184,8 @@ class Model(nn.Module):
         embedding = h = self.embed(images)
         hidden_states = []
         for block in self.layers:
-            if self.grad_checkpoint:  # keep only the residual stream; backward runs each block a second time
+            # Keep only the residual stream; backward runs each block a second time, except the last: it needs that first.
+            if self.grad_checkpoint and block is not self.layers[-1]:
                 h = checkpoint(block, h, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, cos, sin)
