@@ -184,7 +184,7 @@ class Model(nn.Module):
         embedding = h = self.embed(images)
         hidden_states = []
         for block in self.layers:
-            # Keep only the residual stream; backward runs each block a second time, except the last: it needs that first.
+            # Keep only the residual stream; backward runs each block a second time. Not the last, which it needs first.
             if self.grad_checkpoint and block is not self.layers[-1]:
                 h = checkpoint(block, h, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
