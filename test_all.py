@@ -772,9 +772,9 @@ def test_memory_of_the_variants_in_bytes():
     assert peak(detach_cycles=True) / none < 1.35 and peak(grad_checkpoint=True) / none < 1.35
 
 
-def peak_bytes(run_once):
+def peak_bytes(run_once, cuda=False):
     """Most bytes that tensors held at any moment beyond those held at the start, from the allocator or the profiler."""
-    if torch.cuda.is_available():
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run_once()
@@ -3329,7 +3329,7 @@ class Table:
             kept, by_base = (saved_bytes(update, update.model, of) for update in (variant, base))
             cells[1] = f"{saved:9.2f}{kept / by_base:7.3f}"
         if peak:
-            cells[2] = f"{peak:9.2f}{peak_bytes(variant) / peak_bytes(base):7.3f}"
+            cells[2] = f"{peak:9.2f}{peak_bytes(variant, self.cuda) / peak_bytes(base, self.cuda):7.3f}"
         line = f"{title:58}{cells[0]:28}{cells[1]:16}{cells[2]:16}"
         if self.cuda and time and isinstance(variant, Update):
             each = np.median(took[variant])
