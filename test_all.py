@@ -3372,7 +3372,7 @@ def benchmark_trm(table):
         for t in range(T):
             one_pass([t])
 
-    table.row(f"TRM a pass per position, T {T} / one causal pass", pass_per_position, one_pass, time=T, rounds=3)
+    table.row(f"TRM a pass per position, T {T} / one causal pass", pass_per_position, one_pass, time=T, rounds=5)
 
     def weights(H, L):
         return Update("trm_deep", f"{sizes} --H_cycles {H} --L_cycles {L} --dtype bfloat16 --compile off")
