@@ -93,7 +93,7 @@ class Output(NamedTuple):
 
 
 def rotary(rows, columns, d, theta, scale, device):
-    """RoPE angles of CLS and rows x columns patches as cos, sin [T, 1, 1, d/2], float32; CLS is not turned.
+    """RoPE angles of CLS and rows x columns patches as cos, signed sin [T, 1, 1, d], float32; CLS is not turned.
 
     Patch centres lie in [-1, 1], times scale; the first d/4 angles come from y, the others from x.
     """
@@ -102,13 +102,13 @@ def rotary(rows, columns, d, theta, scale, device):
     y, x = y[:, None, None] * frequencies, x[:, None] * frequencies
     angles = torch.cat([y.expand(-1, columns, -1), x.expand(rows, -1, -1)], dim=-1).flatten(0, 1)
     angles = F.pad(angles, (0, 0, 1, 0))[:, None, None]
-    return angles.cos(), angles.sin()
+    return torch.cat([angles, angles], dim=-1).cos(), torch.cat([-angles, angles], dim=-1).sin()
 
 
 def rotate(x, cos, sin):
-    """Half-split rotation of x [B, T, 2, heads, d], in float32."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    """Half-split rotation of x [B, T, 2, heads, d], in float32: [x1 cos - x2 sin, x2 cos + x1 sin], signs in sin."""
+    x32 = x.float()
+    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -185,7 +185,8 @@ class Model(nn.Module):
         embedding = h = self.embed(images)
         hidden_states = []
         for block in self.layers:
-            if self.grad_checkpoint:  # keep only the residual stream; backward runs each block a second time
+            # Keep only the residual stream; backward runs each block a second time. Not the last, which it needs first.
+            if self.grad_checkpoint and block is not self.layers[-1]:
                 h = checkpoint(block, h, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, cos, sin)

@@ -5,6 +5,9 @@ checked against a slow and obvious reference written here, independently of the 
 asserted; the benchmark prints them.
 """
 
+import argparse
+import copy
+import datetime
 import functools
 import hashlib
 import http.server
@@ -16,6 +19,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import random
 import re
 import resource
@@ -36,6 +40,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import jepa_lm
 import nepa_deep
@@ -215,12 +220,16 @@ def close(lines_a, lines_b, tolerance):
                 assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], a["split"], name)
 
 
-def saved_bytes(run_once, model):
-    """Bytes kept for backward by run_once, the model's parameters left out; several views of one storage count once."""
+def saved_bytes(run_once, model, of=lambda tensor: True):
+    """Bytes that run_once keeps for backward, the model's parameters left out; several views of one storage count once.
+
+    of(tensor): whether a saved tensor counts.
+    """
     storages = {}
 
     def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept, so that no address comes twice
+        if of(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # so that no address comes twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -851,8 +860,13 @@ def test_memory_of_the_variants_in_bytes():
     assert peak(detach_cycles=True) / none < 1.35 and peak(grad_checkpoint=True) / none < 1.35
 
 
-def peak_bytes(run_once):
-    """Most bytes that tensors held at any moment beyond those held at the start, from the profiler's allocations."""
+def peak_bytes(run_once, cuda=False):
+    """Most bytes that tensors held at any moment beyond those held at the start, from the allocator or the profiler."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_once()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run_once()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -3706,145 +3720,231 @@ def test_the_top_level_holds_what_the_readme_lists_and_no_more():
 # ==== the benchmark: python test_all.py ==============================================================================
 
 
-def compare(variants, rounds=9):
-    """Time ratios to the first variant (name -> function): median, lowest, highest over rounds that run each once."""
-    ratios = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        first = None
-        for name, run_once in variants.items():
-            start = time.perf_counter()
-            run_once()
-            seconds = time.perf_counter() - start
-            first = first or seconds
-            if turn:  # the first round warms up
-                ratios[name].append(seconds / first)
-    return {name: (sorted(values)[rounds // 2], min(values), max(values)) for name, values in ratios.items()}
+class Update:
+    """Forward and backward pass of a script's compute_loss on its first batch under some flags, for calling again.
+
+    Gradients stay allocated and are zeroed, so that peak memory is that of activations. model: another Update's.
+    """
+
+    def __init__(self, script, flags, model=None):
+        self.script, self.args = SCRIPTS[script], parsed(script, flags)
+        data = self.script.make_data(self.args)
+        torch.manual_seed(0)
+        self.model = model or self.script.Model(self.script.Config(**data["config"])).to(self.args.device)
+        self.net = torch.compile(self.model) if self.args.compile == "on" else self.model
+        self.loader = Loader(data["train"], self.args.batch_size, 0, self.args.device, data["collate"])
+        self.request()
+        self.batch = self.loader.next()
+        self.request()
+
+    def request(self):
+        self.loader.request(0, torch.zeros(self.args.batch_size, dtype=torch.int64))
+
+    def __call__(self, load=False):
+        """load: make the batch anew in the background, as training does."""
+        batch = {**(self.loader.next() if load else self.batch), "step": 0}
+        batch["share"] = torch.ones_like(batch.pop("counts")) if "counts" in batch else 1.0
+        self.model.grad_checkpoint = self.args.grad_checkpoint
+        with self.script.autocast(self.args):
+            loss = self.script.compute_loss(self.net, batch, None, self.args)[0]
+        if load:
+            self.request()
+        loss.backward()
+        self.model.zero_grad(set_to_none=False)
+
+    def flops(self):
+        """Floating point operations of matrix products and attention, without any recomputation."""
+        plain = copy.copy(self)
+        plain.net, plain.args = self.model, argparse.Namespace(**{**vars(self.args), "grad_checkpoint": False})
+        with FlopCounterMode(display=False) as counter:
+            plain()
+        return counter.get_total_flops()
 
 
-def benchmark_nepa():
-    """What the loss at every layer costs in time and memory."""
-    model, images = vit(image_size=32, hidden_size=192, num_heads=3, num_layers=12), pictures(16, 32, 32)
-
-    def update(every_layer, grad_checkpoint=False):
-        model.grad_checkpoint = grad_checkpoint
-        loss_at(model, images, every_layer).backward()
-        model.zero_grad()
-
-    runs = {
-        "loss at the last layer": functools.partial(update, False),
-        "loss at every layer": functools.partial(update, True),
-        "every layer, --grad_checkpoint": functools.partial(update, True, True),
-    }
-    times, first = compare(runs), None
-    print("nepa_deep.py: one update, hidden 192, 12 layers, 65 tokens, batch 16, float32, against the last layer alone")
-    print(f"{'variant':32}{'time':>6} (lowest-highest){'ideal':>7}{'saved bytes':>13}{'peak memory':>13}")
-    for (name, run_once), ideal in zip(runs.items(), (1, 1, 4 / 3)):
-        model.grad_checkpoint = "checkpoint" in name
-        saved = saved_bytes(lambda every_layer=first is not None: loss_at(model, images, every_layer), model)
-        now = np.array([saved, peak_bytes(run_once)])
-        first = now if first is None else first
-        middle, low, high = times[name]
-        cells = "".join(f"{ratio:13.4f}" for ratio in now / first)
-        print(f"{name:32}{middle:6.2f}    ({low:.2f}-{high:.2f}){ideal:10.2f}{cells}")
+def seconds(run_once, cuda):
+    """What one call takes, by the device's own clock."""
+    if not cuda:
+        start = time.perf_counter()
+        run_once()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run_once()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
-def benchmark_trm():
-    """Deep supervision's cost in time and memory, and one causal pass against a pass per position."""
-    sizes = {"vocab_size": 256, "hidden_size": 256, "num_heads": 8, "L_layers": 4, "L_cycles": 3}
-    batch, flags_of = (
-        trm_batch(4, 32, 256),
-        {
-            "no deep supervision": {"enable_deep_supervision": False},
-            "deep, full graph": {},
-            "deep, --grad_checkpoint": {"grad_checkpoint": True},
-            "deep, --detach_cycles": {"detach_cycles": True},
-            "deep, --L_cycle_supervision 0.5": {"L_cycle_supervision": 0.5},
-        },
-    )
+class Table:
+    """Rows of variant / base, measured in one process and printed as they come, predictions by counting beside them."""
 
-    def update(model, H, grad_checkpoint=False, **flags):
-        model.grad_checkpoint = grad_checkpoint
-        loss_of(model, batch, H_cycles=H, L_cycles=3, **flags)[0].backward()
-        model.zero_grad()
+    def __init__(self, flags):
+        args = parsed("nepa_deep", flags)
+        self.flags, self.cuda = flags, args.device.startswith("cuda")
+        capability = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        machine = torch.cuda.get_device_name() if self.cuda else f"{capability}, {torch.get_num_threads()} threads"
+        compiled = ", compiled" * (args.compile == "on")
+        print(f"{machine}, torch {torch.__version__}, {args.dtype}{compiled}, {datetime.date.today()}")
+        title = f"{'variant / base: predicted, measured':58}{'time (lowest-highest)':>25}"
+        title += f"{'saved bytes':>19}{'peak memory':>16}"
+        if self.cuda:
+            a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            self.rate = 2 * 8192**3 / min(seconds(lambda: a @ b, True) for _ in range(10))
+            title += f"{'samples/s':>11}{'MFU':>6}"
+        print(title)
 
-    models = {H: trm(**sizes, H_cycles=H) for H in (3, 5)}
-    runs = {(H, name): functools.partial(update, models[H], H, **flags_of[name]) for H in (3, 5) for name in flags_of}
-    times, first = compare(runs), None
-    print("trm_deep.py: one update, hidden 256, 4 layers, L_cycles 3, float32, against H 3 without deep supervision")
-    print(f"{'H':>2}  {'variant':32}{'time':>6} (lowest-highest){'ideal':>7}{'peak memory':>13}")
-    for (H, name), run_once in runs.items():
-        # A cycle costs 1 forward, 2 more with its backward, and 1 again when it is recomputed; the ideal counts these.
-        ideal = {"no deep supervision": H + 2, "deep, --grad_checkpoint": 4 * H}.get(name, 3 * H) / 5
-        peak = peak_bytes(run_once)
-        first = first or peak
-        middle, low, high = times[H, name]
-        print(f"{H:>2}  {name:32}{middle:6.2f}    ({low:.2f}-{high:.2f}){ideal:10.2f}{peak / first:13.2f}")
+    def row(self, title, variant, base, time=None, saved=None, peak=None, rounds=7, of=lambda tensor: True):
+        """variant, base: functions without arguments. time, saved, peak: predicted ratios, None: not measured.
 
-    model = trm(**sizes)
+        The time is the median of the ratios of neighbours, run in turn after both are warm. saved: bytes kept for
+        backward, of tensors that `of` accepts; peak: most bytes at any moment beyond those at the start.
+        """
+        torch._dynamo.reset()
+        variant(), base()
+        cells, took = ["", "", ""], {variant: [], base: []}
+        for turn in range(rounds if time else 0):
+            for run_once in (variant, base) if turn % 2 else (base, variant):
+                took[run_once].append(seconds(run_once, self.cuda))
+        if time:
+            ratios = np.divide(took[variant], took[base])
+            cells[0] = f"{time:9.2f}{np.median(ratios):7.3f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        if saved:
+            kept, by_base = (saved_bytes(update, update.model, of) for update in (variant, base))
+            cells[1] = f"{saved:9.2f}{kept / by_base:7.3f}"
+        if peak:
+            cells[2] = f"{peak:9.2f}{peak_bytes(variant, self.cuda) / peak_bytes(base, self.cuda):7.3f}"
+        line = f"{title:58}{cells[0]:28}{cells[1]:16}{cells[2]:16}"
+        if self.cuda and time and isinstance(variant, Update):
+            each = np.median(took[variant])
+            line += f"{variant.args.batch_size / each:11.0f}{variant.flops() / each / self.rate:6.0%}"
+        print(line.rstrip(), flush=True)
 
-    def one_pass():
-        F.mse_loss(step(model, batch)[1]["logits"], batch["labels"]).backward()
 
-    def per_position():
-        for t in range(32):
-            prefix = {name: value[:, : t + 1] for name, value in batch.items()}
-            F.mse_loss(step(model, prefix, t=t)[1]["logits"], batch["labels"][:, t : t + 1]).backward()
-
-    middle, low, high = compare({"one": one_pass, "many": per_position}, rounds=3)["many"]
-    print(f"32 positions trained one by one cost {middle:.1f} ({low:.1f}-{high:.1f}) times one causal pass over all")
+def benchmark_nepa(table):
+    """The loss at every layer beside the loss at the last."""
+    flags = f"{table.flags} --hidden_size 192 --num_layers 12 --num_heads 3 --batch_size 16"
+    last = Update("nepa_deep", flags)
+    every = Update("nepa_deep", f"{flags} --use_intermediate_loss", last.model)
+    table.row("NEPA intermediate loss / none", every, last, time=1, saved=1, rounds=15)
 
 
-def benchmark_jepa():
-    """What the pairs in a row cost beside the plain pass and beside three copies of it, and what the cache saves."""
+def benchmark_trm(table):
+    """Deep supervision in its three forms beside none, and a pass per position beside one causal pass."""
+    sizes = f"{table.flags} --hidden_size 256 --num_heads 8 --L_layers 4 --batch_size 16 --enable_deep_supervision"
+    for H in (3, 5):
+        flags = f"{sizes} --L_cycles 3 --H_cycles {H}"
+        deep = Update("trm_deep", flags)
+        more = "--enable_deep_supervision False", "--grad_checkpoint", "--detach_cycles"
+        none, recomputed, detached = (Update("trm_deep", f"{flags} {each}", deep.model) for each in more)
+        # A cycle costs 1 forward and 2 more with its backward, and 1 again where it is recomputed: all but the last.
+        cost = H + 2
+        table.row(f"TRM H {H} deep / none", deep, none, time=3 * H / cost, saved=H)
+        table.row(f"TRM H {H} deep with --grad_checkpoint / none", recomputed, none, time=(4 * H - 1) / cost, peak=1)
+        table.row(f"TRM H {H} deep with --detach_cycles / none", detached, none, time=3 * H / cost, peak=1)
 
-    def batch(flags):
-        args = parsed("jepa_lm", f"--batch_size 32 --device cpu {flags}")
-        data = jepa_lm.make_data(args)
-        loader = Loader(data["train"], 32, 0, "cpu", data["collate"])
-        loader.request(0, torch.zeros(32, dtype=torch.int64))
-        return args, loader.next() | {"step": 0, "share": torch.ones(2)}
+    T, c = 32, none.model.config
+    embeddings = torch.randn(2, T, c.input_size, device=none.args.device)
 
-    def update(args, batch):
-        jepa_lm.compute_loss(model, batch, None, args)[0].backward()
-        model.zero_grad()
+    def one_pass(positions=slice(None)):
+        with trm_deep.autocast(none.args):
+            batch = {"input_embeddings": embeddings, "labels": embeddings}
+            logits = none.net(none.model.initial_carry(batch), batch)[1]["logits"]
+            F.mse_loss(logits[:, positions], embeddings[:, positions]).backward()
 
-    model = jepa_model(hidden_size=128, num_layers=4, num_heads=8)
-    flags = {
-        "plain, --lbd 0": "--lbd 0",
-        "steps, N 2, K 2": "",
-        "two views, K 2": "--view_based_jepa",
-        "tube": "--tube",
-    }
-    batches = {name: batch(text) for name, text in flags.items()}
-    args, plain = batches["plain, --lbd 0"]
-    batches["three copies of every row"] = args, {**plain, "tokens": plain["tokens"].repeat(3, 1)}
-    print(
-        "jepa_lm.py: one update, hidden 128, 4 layers, 32 chats of the built-in world, float32, against the plain pass"
-    )
-    print(f"{'variant':32}{'time':>6} (lowest-highest){'tokens':>8}")
-    times = compare({name: functools.partial(update, *each) for name, each in batches.items()})
-    for name, (_, each) in batches.items():
-        middle, low, high = times[name]
-        tokens = each["tokens"].numel() / plain["tokens"].numel()
-        print(f"{name:32}{middle:6.2f}    ({low:.2f}-{high:.2f}){tokens:11.2f}")
+    def pass_per_position():  # as the published training script does
+        for t in range(T):
+            one_pass([t])
 
-    chats = jepa_lm.make_world(0, False)[1][:64]
-    prompts = [chat.tokens[: jepa_lm.answer_start(chat)].tolist() for chat in chats]
+    table.row(f"TRM a pass per position, T {T} / one causal pass", pass_per_position, one_pass, time=T, rounds=5)
 
-    model.embed.weight.data[257] = 0  # no answer ends early
+    def weights(H, L):
+        return Update("trm_deep", f"{sizes} --H_cycles {H} --L_cycles {L} --dtype bfloat16 --compile off")
+
+    few, many = weights(1, 1), weights(5, 5)
+    shapes = {tuple(sorted(p.shape)) for p in few.model.parameters() if p.ndim == 2}
+
+    def is_weight(tensor):
+        return tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in shapes
+
+    table.row("TRM bfloat16 copies of weights: H 5, L 5 / H 1, L 1", many, few, saved=1, of=is_weight)
+
+
+def write_random_chats(path, question, answer):
+    """1,024 chats of random letters with questions of about that many bytes, answers of that many in every step."""
+    rng = np.random.default_rng(0)
+
+    def text(length):
+        return bytes(rng.integers(97, 123, max(int(length), 3), np.uint8)).decode()
+
+    with open(path, "w") as file:
+        for _ in range(1024):
+            z = rng.normal(1, 0.21)  # a longer question has a longer answer
+            steps = "\n\n".join(text(step * (z / 2 + rng.normal(0.5, 0.25))) for step in answer)
+            messages = [{"role": "user", "content": text(question * z)}, {"role": "assistant", "content": steps}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def benchmark_jepa(table):
+    """The pairs in a row beside the plain pass and beside copies of it, and generation with and without cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        short, long = (f"{table.flags} --train_file {folder}/{name} " for name in ("short", "long"))
+        write_random_chats(f"{folder}/short", 67, [26])  # NL-RX-SYNTH's lengths, without its system prompt
+        write_random_chats(f"{folder}/long", 235, [75] * 4)  # GSM8K's
+        regular = Update("jepa_lm", short + "--regular")
+        lbd_0, views, tube = (
+            Update("jepa_lm", short + more, regular.model) for more in ("--lbd 0", "--view_based_jepa", "--tube")
+        )
+        plain, steps = (Update("jepa_lm", f"{long} --batch_size 8 {more}") for more in ("--regular", ""))
+    copies = copy.copy(regular)
+    copies.batch = {**regular.batch, "tokens": regular.batch["tokens"].repeat(3, 1)}
+
+    def tokens(update, base):
+        return update.batch["tokens"].numel() / base.batch["tokens"].numel()
+
+    table.row("JEPA --lbd 0 / --regular", lbd_0, regular, time=1, rounds=21)
+    table.row("JEPA --tube / --regular", tube, regular, time=1, rounds=9)
+    table.row("JEPA two views, K 2 / --regular", views, regular, time=tokens(views, regular), rounds=9)
+    table.row("JEPA three copies of every row / two views, K 2", copies, views, time=tokens(copies, views))
+    table.row("JEPA steps, N 2, 300-byte answers / --regular", steps, plain, time=tokens(steps, plain))
+
+    model, B, T, new = regular.model, 4, 64, 200
+    model.embed.weight.data[jepa_lm.END] = 0  # no answer ends early
+    prompts = torch.randint(97, 123, (B, T), device=regular.args.device)
+
+    def with_cache():
+        with jepa_lm.autocast(regular.args):
+            jepa_lm.generate(model, prompts.tolist(), [new] * B)
 
     @torch.no_grad()
     def without_cache():
-        rows = torch.tensor([[256] * (max(map(len, prompts)) - len(prompt)) + prompt for prompt in prompts])
-        for _ in range(24):
-            rows = torch.cat([rows, model.head(model(rows)[:, -1:]).argmax(-1)], 1)
+        rows = prompts
+        for _ in range(new):
+            with jepa_lm.autocast(regular.args):
+                rows = torch.cat([rows, model.head(model(rows)[:, -1:]).argmax(-1)], 1)
 
-    runs = {"cache": lambda: jepa_lm.generate(model, prompts, [24] * 64), "none": without_cache}
-    middle, low, high = compare(runs, rounds=3)["none"]
-    print(f"24 tokens for each of 64 prompts cost {middle:.1f} ({low:.1f}-{high:.1f}) times as much without a cache")
+    passed = sum(range(T, T + new)) / (T + new - 1)  # tokens through the network; small passes cost more for each
+    table.row(f"JEPA {new} tokens without cache / with", without_cache, with_cache, time=passed, rounds=3)
+
+
+def benchmark_data(table):
+    """Steps of the demonstrations with batches made in the background beside steps that have theirs already."""
+    for script in SCRIPTS:
+        demo = "--enable_deep_supervision" * (script == "trm_deep")  # as its first command says
+        update = Update(script, f"{table.flags} {demo}")
+        made = functools.partial(update, load=True)
+        table.row(f"data: {script}.py with its loader / a fixed batch", made, update, time=1, rounds=51)
+
+
+def benchmark(flags):
+    table = Table(flags)
+    for rows in (benchmark_nepa, benchmark_trm, benchmark_jepa, benchmark_data):
+        rows(table)
 
 
 if __name__ == "__main__":
-    benchmark_nepa()
-    benchmark_trm()
-    benchmark_jepa()
+    if sys.argv[1:]:
+        benchmark(" ".join(sys.argv[1:]))
+    else:
+        benchmark("--dtype float32 --compile off")
+        if torch.cuda.is_available():
+            benchmark("--dtype bfloat16")  # compiled
