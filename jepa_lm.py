@@ -931,6 +931,8 @@ def parse_args():
         base = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "overwrite")}
         free = MAY_CHANGE if given.get("resume") else MAY_CHANGE | evaluation | {data_flag, *EVALUATION}
         for name, value in given.items():
+            if given.get("eval_only") and name in evaluation & checkpoint["config"].keys():
+                checkpoint["config"][name] = value  # a shape that any weights fit
             if name not in free and value != base.get(name):
                 parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {base.get(name)}")
     args = argparse.Namespace(**{**defaults, **base, **given})

@@ -1109,6 +1109,21 @@ def test_a_file_that_is_no_tensor_and_one_that_was_cut_short(tmp_path):
             trm_deep.open_folder(tmp_path)
 
 
+def test_a_trained_model_can_be_given_more_or_fewer_cycles(tmp_path, capsys):
+    lines = run("trm_deep", tmp_path, "--eval_interval 6 --deep_supervision_schedule 0.5,1")
+    capsys.readouterr()
+    printed = []
+    for flags in ("", "--H_cycles 1", "--H_cycles 4", "--halt_max_steps 1", "--L_cycles 2"):
+        run("trm_deep", tmp_path, f"--eval_only {flags}", tiny=False)
+        printed.append(re.search(r"after each H cycle: Steps: \[(.*)\]", capsys.readouterr().out)[1].split(", "))
+    assert [len(losses) for losses in printed] == [2, 1, 4, 2, 2]
+    # With one supervision step from the start, the first cycles are the same, however many come after.
+    whole, one, four, single, _ = printed
+    assert whole[-1] == f"'{lines[-1]['best_loss']:.4f}'" and len({tuple(each) for each in printed}) == 5
+    run("trm_deep", tmp_path, "--eval_only --H_cycles 1 --halt_max_steps 1", tiny=False)
+    assert f"Steps: [{single[0]}]" in capsys.readouterr().out
+
+
 # ==== trm_deep.py: prediction ========================================================================================
 
 
@@ -3826,6 +3841,14 @@ def benchmark_nepa(table):
     last = Update("nepa_deep", flags)
     every = Update("nepa_deep", f"{flags} --use_intermediate_loss", last.model)
     table.row("NEPA intermediate loss / none", every, last, time=1, saved=1, rounds=15)
+    if not table.cuda:
+        threads, update = torch.get_num_threads(), Update("nepa_deep", f"{flags} --batch_size 64", last.model)
+        torch.set_num_threads(1)
+        update()
+        took = [seconds(update, False) for _ in range(5)]
+        torch.set_num_threads(threads)
+        title = "NEPA forward and backward, 192 x 12 layers, 3 heads, batch 64, one thread"
+        print(f"{title}: {np.median(took):.2f} s ({min(took):.2f}-{max(took):.2f})", flush=True)
 
 
 def benchmark_trm(table):

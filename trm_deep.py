@@ -747,7 +747,7 @@ def add_method_args(parser):
             if name.startswith(deep_only) and not args.enable_deep_supervision:
                 parser.error(f"--{name} needs --enable_deep_supervision")
         schedule = args.deep_supervision_schedule
-        if schedule != "dynamic":
+        if schedule != "dynamic" and not args.eval_only:  # which may have another number of cycles
             try:
                 supervision_weights(args.H_cycles, schedule, args.deep_supervision_weight)
             except ValueError as error:
@@ -776,7 +776,8 @@ def add_method_args(parser):
         if hidden % (2 * args.num_heads):
             parser.error(f"--hidden_size {hidden} must be a multiple of 2 * --num_heads = {2 * args.num_heads}")
 
-    return "data_folder", demo, {"predict", "rollout", "halt_cosine"}, check
+    cycles = {"H_cycles", "L_cycles", "halt_max_steps"}  # the weights are the same in every cycle
+    return "data_folder", demo, {"predict", "rollout", "halt_cosine", *cycles}, check
 
 
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
@@ -946,6 +947,8 @@ def parse_args():
         base = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "overwrite")}
         free = MAY_CHANGE if given.get("resume") else MAY_CHANGE | evaluation | {data_flag, *EVALUATION}
         for name, value in given.items():
+            if given.get("eval_only") and name in evaluation & checkpoint["config"].keys():
+                checkpoint["config"][name] = value  # a shape that any weights fit
             if name not in free and value != base.get(name):
                 parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {base.get(name)}")
     args = argparse.Namespace(**{**defaults, **base, **given})
