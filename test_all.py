@@ -3808,7 +3808,7 @@ class Table:
             title += f"{'samples/s':>11}{'MFU':>6}"
         print(title)
 
-    def row(self, title, variant, base, time=None, saved=None, peak=None, rounds=7, of=lambda tensor: True):
+    def row(self, title, variant, base, time=None, saved=None, peak=None, rounds=9, of=lambda tensor: True):
         """variant, base: functions without arguments. time, saved, peak: predicted ratios, None: not measured.
 
         The time is the median of the ratios of neighbours, run in turn after both are warm. saved: bytes kept for
@@ -3924,7 +3924,7 @@ def benchmark_jepa(table):
     def tokens(update, base):
         return update.batch["tokens"].numel() / base.batch["tokens"].numel()
 
-    table.row("JEPA --lbd 0 / --regular", lbd_0, regular, time=1, rounds=21)
+    table.row("JEPA --lbd 0 / --regular", lbd_0, regular, time=1, rounds=61)
     table.row("JEPA --tube / --regular", tube, regular, time=1, rounds=9)
     table.row("JEPA two views, K 2 / --regular", views, regular, time=tokens(views, regular), rounds=9)
     table.row("JEPA three copies of every row / two views, K 2", copies, views, time=tokens(copies, views))
@@ -3955,7 +3955,7 @@ def benchmark_data(table):
         demo = "--enable_deep_supervision" * (script == "trm_deep")  # as its first command says
         update = Update(script, f"{table.flags} {demo}")
         made = functools.partial(update, load=True)
-        table.row(f"data: {script}.py with its loader / a fixed batch", made, update, time=1, rounds=51)
+        table.row(f"data: {script}.py with its loader / a fixed batch", made, update, time=1, rounds=81)
 
 
 def benchmark(flags):
