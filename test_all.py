@@ -3072,8 +3072,9 @@ def test_two_processes_equal_one_when_rows_halt_at_different_steps(accum, tmp_pa
 
 def test_two_processes_of_the_plain_and_detached_trm(tmp_path):
     for name, flags in {"plain": "--enable_deep_supervision False", "detached": "--detach_cycles"}.items():
-        one = run("trm_deep", tmp_path / f"{name}1", flags)
-        close(one, two_processes("trm_deep", tmp_path / f"{name}2", f"--batch_size 4 {flags}"), 2e-5)
+        one = run("trm_deep", tmp_path / f"{name}1", f"{flags} --batch_size 24")
+        two = two_processes("trm_deep", tmp_path / f"{name}2", f"{flags} --batch_size 4 --grad_accum 3")
+        close(one, two, 2e-5)
 
 
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
