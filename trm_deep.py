@@ -392,8 +392,10 @@ def open_chunk(path):
         what = f"keys {sorted(map(str, loaded))}" if isinstance(loaded, dict) else type(loaded).__name__
         raise DataError(f"{path}: holds {what}, expected a tensor or a dict of input_embeddings and labels")
     for name, tensor in loaded.items():
-        if not (torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.ndim == 3 and 0 not in tensor.shape):
-            what = f"{tensor.dtype} {list(tensor.shape)}" if torch.is_tensor(tensor) else type(tensor).__name__
+        plain = torch.is_tensor(tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        plain = plain and not tensor.is_nested
+        if not (plain and tensor.is_floating_point() and tensor.ndim == 3 and 0 not in tensor.shape):
+            what = f"{tensor.dtype} {list(tensor.shape)}" if plain else f"no plain tensor ({type(tensor).__name__})"
             raise DataError(f"{path}: {name} is {what}, expected a float tensor [N, T, D] with no empty dimension")
     if "sequence" in loaded and loaded["sequence"].shape[1] < 2:
         raise DataError(f"{path}: sequences of one embedding, expected at least two (one to read, one to predict)")
@@ -683,8 +685,8 @@ def predict(model, args):
         raise DataError(f"{source}: holds {prefix.dtype}, expected floats")
     if prefix.ndim not in (2, 3) or 0 in prefix.shape or prefix.shape[-1] != c.input_size:
         raise DataError(f"{source}: shape {list(prefix.shape)}, expected [T, {c.input_size}] or [B, T, {c.input_size}]")
-    if not prefix.isfinite().all():
-        raise DataError(f"{source}: holds NaN or infinity, expected finite numbers")
+    if not prefix.float().isfinite().all():
+        raise DataError(f"{source}: holds NaN or infinity (in float32), expected finite numbers")
     if not c.causal:
         raise DataError(
             f"{source}: the model was trained on separate labels, expected one that predicts the next input"
@@ -695,6 +697,8 @@ def predict(model, args):
             new = answer(model, {"input_embeddings": sequence})["logits"][:, -1:]
         sequence = torch.cat([sequence, new], dim=1)
     rolled = sequence[:, prefix.shape[-2] :].reshape(*prefix.shape[:-2], args.rollout, c.output_size)
+    if not rolled.isfinite().all():
+        raise DataError(f"{source}: its continuation is not finite, expected embeddings like those of the training")
     write_atomically(target, lambda file: np.save(file, rolled.cpu().numpy()))
     return {"predicted": args.rollout}
 
@@ -854,17 +858,18 @@ def means(sums):
 # ---- flags ----
 
 
-def number(low, high=math.inf):
-    """An argparse type: a finite number of low's own type (int or float), from low to high."""
+def number(low, high=None):
+    """An argparse type: a number of low's own type (int or float), from low to high (None: what float32 can count)."""
+    limit = high if high is not None else 2**53 if isinstance(low, int) else 1e38
 
     def parse(text):
         try:
             value = type(low)(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= limit:
             kind = "an integer" if isinstance(low, int) else "a number"
-            most = "" if math.isinf(high) else f" and at most {high}"
+            most = "" if high is None else f" and at most {high}"
             raise argparse.ArgumentTypeError(f"{text!r}, expected {kind} of at least {low}{most}")
         return value
 
@@ -918,7 +923,12 @@ def parse_args():
     flag("--eval_interval", type=number(1), default=500, help="updates between evaluations")
     flag("--eval_samples", type=number(0), default=0, help="validation samples to use; 0: all")
     flag("--log_interval", type=number(1), default=100, help="updates between lines of metrics.jsonl")
-    flag("--save_interval", type=number(0), default=500, help="updates between checkpoints; 0: at the end only")
+    flag(
+        "--save_interval",
+        type=number(0),
+        default=500,
+        help="updates between checkpoints; 0: with a new best one and at the end",
+    )
     flag("--out_dir", help=f"folder of the run (default: a new out/{script}-DATE-TIME)")
     flag("--overwrite", **BOOLEAN, help="replace what is already there")
     flag("--resume", **BOOLEAN, help="go on with the run in --out_dir, with its flags")
@@ -934,6 +944,8 @@ def parse_args():
     unset = object()
     parsed = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in parsed.items() if value is not unset}
+    for name in (name for name, value in given.items() if value == ""):
+        parser.error(f"--{name} is empty, expected a value")  # a shell variable that is not set
     base, checkpoint = {} if given.get(data_flag) else demo, None
     if given.get("resume") or given.get("eval_only"):
         if "out_dir" not in given or given.get("resume") and (given.get("eval_only") or given.get("overwrite")):
@@ -978,9 +990,9 @@ def parse_args():
 
 # ---- checkpoints ----
 
-RUN_FILES = ("metrics.jsonl", "ckpt.pt", "best.pt")
+RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")  # in the order in which --overwrite removes them
 CHECKPOINT_KEYS = {"script", "step", "config", "args", "model", "ema", "optimizer", "scaler", "rng", "state", "sums"}
-CHECKPOINT_KEYS |= {"rows", "evaluated", "best", "seconds", "wandb_id"}
+CHECKPOINT_KEYS |= {"split", "evaluated", "best", "seconds", "wandb_id"}
 
 
 def write_atomically(path, write):
@@ -1051,8 +1063,8 @@ class Log:
         if rank() > 0:
             return
         self.path = Path(args.out_dir) / "metrics.jsonl"
-        if checkpoint and self.path.exists():  # what was logged after the checkpoint will be logged again
-            lines = [line for line in self.path.read_text().splitlines() if self.is_older(line, checkpoint)]
+        if checkpoint and self.path.exists():
+            lines = self.older_lines(checkpoint)
             write_atomically(self.path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
         if args.wandb_mode != "disabled":
             try:
@@ -1074,14 +1086,18 @@ class Log:
         start = checkpoint["step"] if checkpoint else 0
         self.bar = tqdm(total=args.max_train_steps, initial=start, disable=not terminal, dynamic_ncols=True)
 
-    @staticmethod
-    def is_older(line, checkpoint):
-        try:
-            record = json.loads(line)
-        except ValueError:  # the process died while it wrote this line
-            return False
-        newest = {"train": checkpoint["step"], "val": checkpoint["evaluated"]}
-        return record["step"] <= newest.get(record["split"], -1)
+    def older_lines(self, checkpoint):
+        """The lines up to the checkpoint: what was logged after it will be logged again."""
+        newest, lines = {"train": checkpoint["step"], "val": checkpoint["evaluated"]}, []
+        for n, line in enumerate(whole := self.path.read_text(errors="replace").splitlines(), 1):
+            try:
+                record = json.loads(line)
+                if record["step"] <= newest.get(record["split"], -1):
+                    lines.append(line)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                if n < len(whole):  # the last one may be half: the process died while it wrote it
+                    raise DataError(f"{self.path}:{n}: cannot be read, expected JSON with step and split") from None
+        return lines
 
     def write(self, step, split, metrics):
         """One line: to the file, to wandb under the same names (val/ and final/ before theirs), and for people."""
@@ -1124,18 +1140,18 @@ class Log:
 # ---- the run ----
 
 
-def fit(config, checkpoint, source):
-    """Raise DataError unless the data and flags describe the model that is in the checkpoint."""
-    for name, value in config.items():
-        if value != checkpoint["config"].get(name):
-            was = checkpoint["config"].get(name)
-            raise DataError(f"{source}: {name} is {value} by the data and flags, expected {was} as in the checkpoint")
+def fit(now, then, source):
+    """Raise DataError unless what the data and flags say (now, a dict) is what the checkpoint says (then)."""
+    for name, value in now.items():
+        if value != then.get(name):
+            raise DataError(f"{source}: {name} is {value!r}, expected {then.get(name)!r} as in the checkpoint")
 
 
 def train(args, checkpoint):
     """Train, evaluate, save: the whole loop in sight. Returns the exit code, 128 + the number of a signal after one."""
     data, out_dir, accum = make_data(args), Path(args.out_dir), args.grad_accum
     num_rows, size = args.batch_size * accum * world_size(), size_of(data["train"])
+    split = {"--batch_size * --grad_accum * processes": num_rows, "number of training samples": size}
     if num_rows > size:
         raise DataError(f"--batch_size * --grad_accum * processes is {num_rows}, expected at most {size}, all samples")
     torch.manual_seed(args.seed)
@@ -1154,15 +1170,16 @@ def train(args, checkpoint):
     # All that changes during a run: the checkpoint holds it, so the resumed run is the one that was never interrupted.
     step, evaluated, best, sums, states, seconds = 0, -1, {"loss": math.inf}, {}, [None] * accum, 0.0
     if checkpoint:
-        fit(data["config"], checkpoint, out_dir)
-        if checkpoint["rows"] != num_rows:
-            product = "--batch_size * --grad_accum * processes"
-            raise DataError(f"{out_dir}: {product} is {num_rows}, expected {checkpoint['rows']} as in the checkpoint")
-        model.load_state_dict(checkpoint["model"])
-        if ema:
-            ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        fit(data["config"], checkpoint["config"], out_dir)
+        fit(split, checkpoint["split"], out_dir)
+        try:
+            model.load_state_dict(checkpoint["model"])
+            if ema:
+                ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{out_dir}: the checkpoint has other contents ({first_line(error)})") from None
         step, evaluated, best, seconds = (checkpoint[name] for name in ("step", "evaluated", "best", "seconds"))
         if len(checkpoint["sums"]) == world_size():  # with another number of processes the next line's means start anew
             sums = checkpoint["sums"][rank()]
@@ -1218,7 +1235,7 @@ def train(args, checkpoint):
             "rng": [rng for _, _, rng in kept],
             "state": in_order[0] and {key: torch.cat([state[key] for state in in_order]) for key in in_order[0]},
             "sums": [sums for sums, _, _ in kept],
-            "rows": num_rows,
+            "split": split,
             "evaluated": evaluated,
             "best": best,
             "seconds": seconds,
@@ -1244,17 +1261,19 @@ def train(args, checkpoint):
         seconds = time.perf_counter() - clock  # of training, without evaluating and saving
         done = step == args.max_train_steps
         stop = int(all_reduce(torch.tensor(received[-1] if received else 0), dist.ReduceOp.MAX))
+        better = False
         if evaluated < step and (done or step % args.eval_interval == 0 and not stop):
             stop_if_broken()
             metrics = evaluate((ema or model).eval(), data, args)
             model.train()
             log.write(step, "val", metrics)
             evaluated = step
-            if metrics["loss"] < best["loss"]:
+            better = metrics["loss"] < best["loss"]
+            if better:
                 best = {**metrics, "step": step}
                 save("best.pt")
-        if done or stop or (args.save_interval and step % args.save_interval == 0 and step > start):
-            save("ckpt.pt")
+        if better or done or stop or (args.save_interval and step % args.save_interval == 0 and step > start):
+            save("ckpt.pt")  # with a new best.pt too: the two belong together
         if done or stop:
             break
         clock = time.perf_counter() - seconds
@@ -1320,14 +1339,17 @@ def main():
             torch.cuda.set_device(args.device)
             torch.set_float32_matmul_precision("high")  # TF32
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+            except ValueError as error:
+                raise DataError(f"WORLD_SIZE is set: {first_line(error)}; expected torchrun to set them all") from None
             dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
         if args.eval_only:
             data = make_data(args)
             model = Model(Config(**checkpoint["config"])).to(args.device).eval()
-            model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
             if data["config"]:
-                fit(data["config"], checkpoint, args.out_dir)
+                fit(data["config"], checkpoint["config"], args.out_dir)
+            model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
             metrics = evaluate(model, data, args)
             if rank() == 0:
                 print(data["report"](metrics | data["baselines"]()))
@@ -1341,6 +1363,8 @@ def main():
             message = f"error: {error}"
         elif "gloo" in str(error) or "NCCL" in str(error):
             message = f"error: process {rank()} lost another one, which says why: {first_line(error)}"
+        elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            message = f"error: {first_line(error)}; a smaller --batch_size or --grad_checkpoint needs less memory"
         elif dist.is_initialized():
             message = traceback.format_exc()
         else:
