@@ -988,7 +988,7 @@ def parse_args():
     flag("--eval_interval", type=number(1), default=500, help="updates between evaluations")
     flag("--eval_samples", type=number(0), default=0, help="validation samples to use; 0: all")
     flag("--log_interval", type=number(1), default=100, help="updates between lines of metrics.jsonl")
-    flag("--save_interval", type=number(0), default=500, help="updates between checkpoints; 0: as best.pt, and last")
+    flag("--save_interval", type=number(0), default=500, help="updates between checkpoints; 0: with best.pt only")
     flag("--out_dir", help=f"folder of the run (default: a new out/{script}-DATE-TIME)")
     flag("--overwrite", **BOOLEAN, help="replace what is already there")
     flag("--resume", **BOOLEAN, help="go on with the run in --out_dir, with its flags")
