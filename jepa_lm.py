@@ -11,9 +11,9 @@ cost does it all. Without pairs (--regular, or --lbd 0: the same run, bit for bi
 
 Without --train_file it learns a built-in world of word problems. The first command's last lines, seed 0:
 
-  Step 700/700, Val Loss: 0.0044 | LM: 0.0044 | Exact: 0.9961
+  Step 700/700, Val Loss: 0.0049 | LM: 0.0049 | Exact: 0.9824
   validation                                    loss   exact  prefix  result
-  this model                                  0.0044  0.9961  0.9961  0.9961
+  this model                                  0.0049  0.9824  0.9824  0.9824
   the commonest answer                             -  0.0000       -  0.0527
   the number the story starts with                 -       -       -  0.0625
 """
