@@ -380,30 +380,29 @@ def pack(chats, pairs, predictors):
     A predictor sees the chat up to its pair's `seen`, and goes on counting positions from there; the target sees itself
     and counts from 0. So both states are those of a pass over that text alone (with K = 0, the chat's own state).
     """
-    rows, ends, texts = [], [], {}
-    for chat, mine in zip(chats, pairs):
-        n, zeros = len(chat), np.zeros_like
-        parts = [(chat, np.arange(n), zeros(chat), zeros(chat))]  # tokens, positions, block, limit
+    K, ends, texts = predictors, [], {}
+    T = max(len(chat) + sum(K + end - start for _, start, end in mine) for chat, mine in zip(chats, pairs))
+    shape, count = (len(chats), T), np.arange(T)
+    tokens, block = np.full(shape, PAD), np.full(shape, -1)
+    positions, limit = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for row, (chat, mine) in enumerate(zip(chats, pairs)):
+        n = len(chat)
+        tokens[row, :n], positions[row, :n], block[row, :n] = chat, count[:n], 0
         for i, (seen, start, end) in enumerate(mine):
-            ahead, target = np.arange(predictors), chat[start:end]
-            block = np.full(len(target), 2 * i + 2)
-            parts.append((VOCABULARY + ahead, seen + ahead, np.full_like(ahead, 2 * i + 1), np.full_like(ahead, seen)))
-            parts.append((target, np.arange(end - start), block, zeros(block)))
-            prediction = n + predictors - 1 if predictors else seen - 1
-            n += predictors + len(target)
-            ends.append((len(rows), prediction, n - 1, texts.setdefault(target.tobytes(), len(texts))))
-        rows.append([np.concatenate(column) for column in zip(*parts)])
-    T = max(len(tokens) for tokens, *_ in rows)
-    padding = {"tokens": PAD, "positions": 0, "block": -1, "limit": 0}
-    batch = {name: np.full((len(rows), T), value) for name, value in padding.items()}
-    for i, row in enumerate(rows):
-        for array, values in zip(batch.values(), row):
-            array[i, : len(values)] = values
+            target, ahead = chat[start:end], slice(n, n + K)
+            tokens[row, ahead], positions[row, ahead] = VOCABULARY + count[:K], seen + count[:K]
+            block[row, ahead], limit[row, ahead] = 2 * i + 1, seen
+            prediction = n + K - 1 if K else seen - 1
+            n += K + len(target)
+            alone = slice(n - len(target), n)
+            tokens[row, alone], positions[row, alone], block[row, alone] = target, count[: len(target)], 2 * i + 2
+            text = texts.setdefault(target.tobytes(), len(texts))
+            ends.append((row * T + prediction, row * T + n - 1, text))
     if not ends:
-        return {"tokens": batch["tokens"]}
-    row, prediction, target, text = np.array(ends).T
-    batch["limit"] = batch["limit"][:, min(map(len, chats)) :]
-    return {**batch, "ends": np.stack([row * T + prediction, row * T + target], 1), "text": text}
+        return {"tokens": tokens}
+    ends, limit = np.array(ends), limit[:, min(map(len, chats)) :]
+    arrays = {"tokens": tokens, "positions": positions, "block": block, "limit": limit}
+    return {**arrays, "ends": ends[:, :2], "text": ends[:, 2]}
 
 
 def draw_tubes(chats, position, T, seed):
