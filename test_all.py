@@ -3937,9 +3937,18 @@ def benchmark_trm(table):
         none, recomputed, detached = (Update("trm_deep", f"{flags} {each}", deep.model) for each in more)
         # A cycle costs 1 forward and 2 more with its backward, and 1 again where it is recomputed: all but the last.
         cost = H + 2
-        table.row(f"TRM H {H} deep / none", deep, none, time=3 * H / cost, saved=H)
-        table.row(f"TRM H {H} deep with --grad_checkpoint / none", recomputed, none, time=(4 * H - 1) / cost, peak=1)
-        table.row(f"TRM H {H} deep with --detach_cycles / none", detached, none, time=3 * H / cost, peak=1)
+        table.row(f"TRM H {H} deep / none", deep, none, time=3 * H / cost, saved=H, rounds=45 // H)
+        table.row(
+            f"TRM H {H} deep with --grad_checkpoint / none",
+            recomputed,
+            none,
+            time=(4 * H - 1) / cost,
+            peak=1,
+            rounds=45 // H,
+        )
+        table.row(
+            f"TRM H {H} deep with --detach_cycles / none", detached, none, time=3 * H / cost, peak=1, rounds=45 // H
+        )
 
     T, c = 32, none.model.config
     embeddings = torch.randn(2, T, c.input_size, device=none.args.device)
@@ -4031,7 +4040,7 @@ def benchmark_data(table):
         demo = "--enable_deep_supervision" * (script == "trm_deep")  # as its first command says
         update = Update(script, f"{table.flags} {demo}")
         made = functools.partial(update, load=True)
-        table.row(f"data: {script}.py with its loader / a fixed batch", made, update, time=1, rounds=81)
+        table.row(f"data: {script}.py with its loader / a fixed batch", made, update, time=1, rounds=61)
 
 
 def benchmark(flags):
