@@ -4009,7 +4009,7 @@ def benchmark_jepa(table):
     def tokens(update, base):
         return update.batch["tokens"].numel() / base.batch["tokens"].numel()
 
-    table.row("JEPA --lbd 0 / --regular", lbd_0, regular, time=1, rounds=61)
+    table.row("JEPA --lbd 0 / --regular", lbd_0, regular, time=1, rounds=41)
     table.row("JEPA --tube / --regular", tube, regular, time=1, rounds=9)
     table.row("JEPA two views, K 2 / --regular", views, regular, time=tokens(views, regular), rounds=9)
     table.row("JEPA three copies of every row / two views, K 2", copies, views, time=tokens(copies, views))
@@ -4040,7 +4040,7 @@ def benchmark_data(table):
         demo = "--enable_deep_supervision" * (script == "trm_deep")  # as its first command says
         update = Update(script, f"{table.flags} {demo}")
         made = functools.partial(update, load=True)
-        table.row(f"data: {script}.py with its loader / a fixed batch", made, update, time=1, rounds=61)
+        table.row(f"data: {script}.py with its loader / a fixed batch", made, update, time=1, rounds=41)
 
 
 def benchmark(flags):
