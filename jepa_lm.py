@@ -215,6 +215,22 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
     return F.cross_entropy(logits, own)
 
 
+def sigreg(views, directions):
+    """How far views [N, D], of any float dtype, are from an isotropic Gaussian: a float32 scalar, 0 for N = 0.
+
+    directions: float32 [D, M], of length 1, drawn anew for each update. Along each stands the Epps-Pulley test, N times
+    the integral of |phi_N - phi|^2 phi over 17 points: phi_N is the views' characteristic function, phi a standard
+    Gaussian's. About 1 for Gaussian views, about N where all are one. SIGReg of LeJEPA, arXiv 2511.08544.
+    """
+    if len(views) == 0:
+        return views.float().sum()
+    t = torch.linspace(0, 3, 17, device=views.device)  # the integrand is even: the half from 0 on counts twice
+    phi = torch.exp(-t.square() / 2)
+    angles = (views.float() @ directions)[..., None] * t  # [N, M, 17]
+    distance = (angles.cos().mean(0) - phi).square() + angles.sin().mean(0).square()
+    return 2 * len(views) * torch.trapezoid(distance * phi, t).mean()
+
+
 @torch.no_grad()
 def cosines(predicted, target, text):
     """Cosines of predictions with targets and of targets among themselves, [P, P] each, and which are of other texts.
@@ -507,7 +523,7 @@ def describer():
 COLLAPSED = (
     "warning: the embeddings have collapsed. A prediction is as close to any other target (cosine {unpaired:.3f}) as "
     "to its own ({paired:.3f}), so the JEPA loss is small and teaches nothing. --stop_grad_target slows this, "
-    "--jepa_loss infonce forbids it, --lbd 0 does without."
+    "--sigreg 0.02 and --jepa_loss infonce forbid it, --lbd 0 does without."
 )
 
 
@@ -576,8 +592,14 @@ def compute_loss(model, batch, state, args):
         with torch.autocast(h.device.type, enabled=False):  # cosines of .99 and .98 must differ
             jepa = jepa_loss(predicted, target, args.jepa_loss, batch["text"])
             similar = across, among, apart = cosines(predicted, target, batch["text"])
+            metrics |= weigh({"jepa_loss": jepa.detach(), "cos_paired": across.diagonal().mean()}, num_pairs)
+            if args.sigreg > 0:  # rms_norm has given the views the length that a Gaussian of variance 1 has
+                generator = torch.Generator().manual_seed(int(mix(np.array([batch["step"]]), args.seed + 4)[0]))
+                directions = F.normalize(torch.randn(h.shape[-1], 256, generator=generator), dim=0).to(h.device)
+                spread = sigreg(views.flatten(0, 1), directions)
+                metrics |= weigh({"sigreg_loss": spread.detach()}, num_pairs)
+                jepa = jepa + args.sigreg * spread
         loss = loss + args.lbd * pair_share * jepa
-        metrics |= weigh({"jepa_loss": jepa.detach(), "cos_paired": across.diagonal().mean()}, num_pairs)
         metrics["cos_unpaired"] = (across * apart).sum(), apart.sum()
         metrics["cos_targets"] = (among * apart).sum(), apart.sum()
     metrics["loss"] = loss.detach(), token_share  # the mean of the updates' own losses
@@ -718,6 +740,7 @@ def add_method_args(parser):
     flag("--view_based_jepa", **BOOLEAN, help="one pair per chat: the question predicts the answer")
     flag("--tube", **BOOLEAN, help="no pairs: a random span of the chat points where its surroundings do")
     flag("--jepa_loss", choices=["cosine", "mse", "l2", "infonce"], default="cosine", help="distance of the views")
+    flag("--sigreg", type=number(0.0), default=0.0, help="weight of SIGReg beside the distance: no collapse; try 0.02")
     flag("--jepa_ratio", type=number(0.0, 1.0), default=1.0, help="part of the updates that have the JEPA loss")
     flag("--stop_grad_target", **BOOLEAN, help="no gradient through the targets: slows the collapse")
     flag("--force_pairs", **BOOLEAN, help="with --lbd 0: build the pairs all the same, for comparison")
@@ -731,13 +754,13 @@ def add_method_args(parser):
 
     def check(args, given):
         if args.regular:
-            names = "lbd num_prediction_steps predictors view_based_jepa tube jepa_loss jepa_ratio stop_grad_target"
-            for name in [*names.split(), "force_pairs"]:
+            names = "lbd num_prediction_steps predictors view_based_jepa tube jepa_loss sigreg jepa_ratio"
+            for name in [*names.split(), "stop_grad_target", "force_pairs"]:
                 if name in given and given[name]:
                     parser.error(f"--{name} means nothing with --regular, which trains on tokens alone")
         if args.view_based_jepa and (args.tube or "num_prediction_steps" in given):
             parser.error("--view_based_jepa has one pair per chat: no --tube, no --num_prediction_steps beside it")
-        for name in ("num_prediction_steps", "predictors", "force_pairs"):
+        for name in ("num_prediction_steps", "predictors", "sigreg", "force_pairs"):
             if args.tube and name in given and given[name] is not False:
                 parser.error(f"--{name} means nothing with --tube, which has no pairs")
         if args.force_pairs and args.lbd > 0:

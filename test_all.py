@@ -6,6 +6,7 @@ asserted; the benchmark prints them.
 """
 
 import argparse
+import cmath
 import copy
 import datetime
 import functools
@@ -2107,7 +2108,8 @@ class JepaArgs:
     """The flags of make_data and compute_loss, without a parser."""
 
     regular = view_based_jepa = tube = stop_grad_target = force_pairs = unmask_user = False
-    lbd, gamma, num_prediction_steps, predictors, jepa_loss, jepa_ratio, debug = 0.5, 1.0, 2, 2, "cosine", 1.0, 0
+    lbd, gamma, num_prediction_steps, predictors, jepa_ratio, debug, sigreg = 0.5, 1.0, 2, 2, 1.0, 0, 0.0
+    jepa_loss = "cosine"
     train_file = eval_file = prompt = None
     batch_size, grad_accum, seed, max_length, eval_samples = 4, 1, 0, 1024, 0
     hidden_size, num_layers, num_heads = 32, 2, 2
@@ -2489,6 +2491,64 @@ def test_jepa_losses_are_the_formulas():
     assert apart.tolist() == [[int(twins[i]) != int(twins[j]) for j in range(5)] for i in range(5)]
 
 
+def test_sigreg_is_the_epps_pulley_test_along_each_direction():
+    views = torch.randn(6, 8, dtype=torch.float64)
+    directions = F.normalize(torch.randn(8, 5), dim=0)
+    points, right = np.linspace(-3, 3, 33), []
+    for direction in directions.T.tolist():
+        along = [sum(a * b for a, b in zip(view, direction, strict=True)) for view in views.tolist()]
+        gauss = np.exp(-(points**2) / 2)
+        off = [abs(sum(cmath.exp(1j * t * x) for x in along) / 6 - g) ** 2 * g for t, g in zip(points, gauss)]
+        right.append(6 * sum((a + b) / 2 * (6 / 32) for a, b in zip(off, off[1:])))
+    assert jepa_lm.sigreg(views, directions).item() == pytest.approx(sum(right) / 5, rel=1e-5)
+    assert jepa_lm.sigreg(views[:0], directions).item() == 0
+    assert jepa_lm.sigreg(torch.randn(4000, 8), directions) < 2 < 1000 < jepa_lm.sigreg(torch.ones(4000, 8), directions)
+    scope = {"torch": torch, "F": F}
+    exec(inspect.getsource(jepa_lm.sigreg), scope)
+    assert scope["sigreg"](views, directions) == jepa_lm.sigreg(views, directions)
+
+
+def test_sigreg_drives_collapsed_views_apart():
+    generator = torch.Generator().manual_seed(0)
+    views = (1 + 0.1 * torch.randn(32, 16, generator=generator)).requires_grad_()
+    optimizer, unlike = torch.optim.Adam([views], lr=0.05), ~torch.eye(32, dtype=torch.bool)
+
+    def cosine():
+        normed = F.normalize(views.detach(), dim=-1)
+        return (normed @ normed.T)[unlike].mean().item()
+
+    assert cosine() > 0.95
+    for _ in range(100):
+        optimizer.zero_grad()
+        directions = F.normalize(torch.randn(16, 64, generator=generator), dim=0)
+        jepa_lm.sigreg(jepa_lm.rms_norm(views), directions).backward()
+        optimizer.step()
+    assert abs(cosine()) < 0.05
+
+
+def test_sigreg_weighs_predictions_and_targets_beside_the_distance(tmp_path, monkeypatch):
+    args, model, drawn = JepaArgs(sigreg=0.3, lbd=0.7, stop_grad_target=True), jepa_model(), []
+    batch, real = batch_of(RAGGED, args, tmp_path), jepa_lm.sigreg
+    mask = jepa_lm.packed_mask(batch["block"], batch["limit"])
+    views = model(batch["tokens"], batch["positions"], mask).flatten(0, 1)[batch["ends"].flatten()]
+
+    def spy(seen, directions):
+        torch.testing.assert_close(seen, views, rtol=1e-4, atol=1e-5)
+        assert seen.requires_grad  # also the targets', under --stop_grad_target
+        drawn.append(directions)
+        return real(seen, directions)
+
+    monkeypatch.setattr(jepa_lm, "sigreg", spy)
+    for step in (0, 0, 1):
+        loss, metrics, _ = jepa_lm.compute_loss(model, batch | {"step": step}, None, args)
+        part = {name: (value / count).item() for name, (value, count) in metrics.items() if "loss" in name}
+        total = part["llm_loss"] + 0.7 * (part["jepa_loss"] + 0.3 * part["sigreg_loss"])
+        assert loss.item() == pytest.approx(total, rel=1e-5)
+        assert part["sigreg_loss"] == pytest.approx(real(views, drawn[-1]).item(), rel=1e-3)
+    assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])  # anew for each update, one for all its parts
+    torch.testing.assert_close(drawn[2].norm(dim=0), torch.ones(256))
+
+
 def test_identical_steps_are_no_negatives_and_not_unpaired(tmp_path):
     chats = [np.array([1, 2, 3, 4, 3, 4, 5])]
     batch = jepa_lm.pack(chats, [[(2, 2, 4), (4, 4, 6), (6, 6, 7)]], 1)
@@ -2843,6 +2903,8 @@ BAD_JEPA_FLAGS = {
     "--regular --tube": "--tube means nothing with --regular",
     "--regular --predictors 3": "--predictors means nothing with --regular",
     "--tube --predictors 3": "--predictors means nothing with --tube",
+    "--tube --sigreg 0.1": "--sigreg means nothing with --tube",
+    "--regular --sigreg 0.1": "--sigreg means nothing with --regular",
     "--view_based_jepa --num_prediction_steps 2": "--view_based_jepa has one pair per chat",
     "--view_based_jepa --tube": "--view_based_jepa has one pair per chat",
     "--force_pairs": "--force_pairs is for --lbd 0",
