@@ -888,6 +888,12 @@ BOOLEAN = {"type": true_or_false, "nargs": "?", "const": True, "default": False,
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog, **_):
+        super().__init__(prog, max_help_position=36, width=120)  # a line for each flag, as wide as the text above
+
+    def _get_default_metavar_for_optional(self, action):
+        return "X"
+
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False
         return action.help if silent else super()._get_help_string(action)
@@ -902,7 +908,8 @@ EVALUATION = {"eval_only", "eval_samples", "dtype"}  # and what --eval_only may 
 def parse_args():
     """The flags in force and, with --resume or --eval_only, the checkpoint. Refuses what makes no sense (exit 2)."""
     script = Path(__file__).stem
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    usage = "python %(prog)s [flags]      (--help lists them)"
+    parser = argparse.ArgumentParser(None, usage, __doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     flag = parser.add_argument_group("training").add_argument
     flag("--batch_size", type=number(1), default=32, help="samples per micro-batch and process")
     flag("--grad_accum", type=number(1), default=1, help="micro-batches per update")

@@ -3857,6 +3857,54 @@ def test_exit_codes_and_streams_of_the_real_command(tmp_path):
     assert shell("python trm_deep.py --lr x").returncode == 2
 
 
+def readme_section(title):
+    text = (HERE / "README.md").read_text()
+    return re.search(rf"^## {re.escape(title)}.*?(?=^## )", text, re.M | re.S)[0]
+
+
+@each_script
+def test_help_fits_two_screens_and_lists_the_flags_of_the_readme(script):
+    text = shell(f"python {script}.py --help").stdout
+    flags, epilog = text[text.index("\ntraining:") :].split("\nWithout --")
+    assert text.count("\n") <= 100 and max(map(len, flags.splitlines())) <= 120
+    tables = readme_section("Scaling up") + readme_section(f"{script}.py")
+    tables = "".join(re.findall(r"^\| group .*?\n\n", tables, re.M | re.S))
+    listed = [set(re.findall(r"--\w+", row)) for row in tables.splitlines()]
+    assert sum(map(len, listed)) == len(set.union(*listed))  # none twice
+    assert set.union(*listed) == set(re.findall(r"^  (--\w+)", flags, re.M))
+
+
+@each_script
+def test_every_metric_is_explained_in_the_readme(script, tmp_path):
+    more = {"nepa_deep": "", "trm_deep": "--L_cycle_supervision 0.5", "jepa_lm": "--sigreg 0.02"}[script]
+    names = set().union(*run(script, tmp_path, f"{TINY[script]} {COMMON} {more}"))
+    explained = readme_section("Scaling up") + readme_section(f"{script}.py")
+    explained = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| name .*?\n\n", explained, re.M | re.S))))
+    for name in names:
+        bare = re.sub(r"_\d+", "_0" if script == "trm_deep" else "_1", re.sub(r"^best_", "", name))
+        baseline = re.sub(r"^(untrained|raw|zero|mean|copy|common|no_memory|opening)_", "", bare)
+        assert explained & {bare, baseline}, name
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (HERE / "README.md").read_text()
+    titles = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+    anchors = {a if anchors[:i].count(a) == 0 else f"{a}-{anchors[:i].count(a)}" for i, a in enumerate(anchors)}
+    links = re.findall(r"\[([^]]*)\]\(([^)]*)\)", text)
+    assert len(links) > 10
+    for title, target in links:
+        path, _, place = target.partition("#")
+        if target.startswith("https://arxiv.org/abs/"):
+            assert title == f"arXiv {target[22:]}"
+        elif not path:
+            assert place in anchors, target
+        else:
+            lines = (HERE / path).read_text().splitlines()
+            if place:  # a function, by its line
+                assert re.match(rf"(def|class) {title.strip('`')}\b", lines[int(place.removeprefix("L")) - 1]), target
+
+
 def test_the_top_level_holds_what_the_readme_lists_and_no_more():
     names = ["nepa_deep.py", "trm_deep.py", "jepa_lm.py", "data.py", "test_all.py", "requirements.txt", "README.md"]
     tracked = shell("git ls-files").stdout.split() or names
