@@ -503,6 +503,7 @@ def make_data(args):
         "val": val,
         "collate": collate,
         "config": config,
+        "split": {"sentences per sample": sample["input_embeddings"].shape[1]},  # the carry has as many
         "baselines": lambda: baselines(train, val, collate, args),
         "describe": describe,
         "report": report,
@@ -789,7 +790,8 @@ def add_method_args(parser):
 # compute_loss(model, batch, state, args) -> loss, metrics, state    evaluate(model, data, args) -> means with a "loss"
 # make_data(args) -> dict: train, val (datasets as data.py wants them), collate, config (Config's fields), baselines()
 # -> metrics of the final line, describe(metrics) -> text for the progress bar, report(metrics) -> text at the end; and,
-# where a run may start from other weights than random ones, init(model).
+# where a run may start from other weights than random ones, init(model); where the data of a resumed run must have the
+# old one's sizes, split (a dict).
 
 
 # ---- processes, precision, metrics ----
@@ -1154,6 +1156,7 @@ def train(args, checkpoint):
     data, out_dir, accum = make_data(args), Path(args.out_dir), args.grad_accum
     num_rows, size = args.batch_size * accum * world_size(), size_of(data["train"])
     split = {"--batch_size * --grad_accum * processes": num_rows, "number of training samples": size}
+    split |= data.get("split", {})
     if num_rows > size:
         raise DataError(f"--batch_size * --grad_accum * processes is {num_rows}, expected at most {size}, all samples")
     torch.manual_seed(args.seed)
