@@ -4103,9 +4103,8 @@ def benchmark_jepa(table):
         write_random_chats(f"{folder}/short", 67, [26])  # NL-RX-SYNTH's lengths, without its system prompt
         write_random_chats(f"{folder}/long", 235, [75] * 4)  # GSM8K's
         regular = Update("jepa_lm", short + "--regular")
-        lbd_0, views, tube = (
-            Update("jepa_lm", short + more, regular.model) for more in ("--lbd 0", "--view_based_jepa", "--tube")
-        )
+        variants = ("--lbd 0", "--tube", "--view_based_jepa", "--view_based_jepa --sigreg 0.02")
+        lbd_0, tube, views, spread = (Update("jepa_lm", short + more, regular.model) for more in variants)
         plain, steps = (Update("jepa_lm", f"{long} --batch_size 8 {more}") for more in ("--regular", ""))
     copies = copy.copy(regular)
     copies.batch = {**regular.batch, "tokens": regular.batch["tokens"].repeat(3, 1)}
@@ -4116,6 +4115,7 @@ def benchmark_jepa(table):
     table.row("JEPA --lbd 0 / --regular", lbd_0, regular, time=1, rounds=41)
     table.row("JEPA --tube / --regular", tube, regular, time=1, rounds=9)
     table.row("JEPA two views, K 2 / --regular", views, regular, time=tokens(views, regular), rounds=9)
+    table.row("JEPA two views with --sigreg / without", spread, views, time=1, rounds=9)
     table.row("JEPA three copies of every row / two views, K 2", copies, views, time=tokens(copies, views))
     table.row("JEPA steps, N 2, 300-byte answers / --regular", steps, plain, time=tokens(steps, plain))
 
