@@ -3864,7 +3864,7 @@ def readme_section(title):
 @each_script
 def test_help_fits_two_screens_and_lists_the_flags_of_the_readme(script):
     text = shell(f"python {script}.py --help").stdout
-    flags, epilog = text[text.index("\ntraining:") :].split("\nWithout --")
+    flags = text.partition("\ntraining:")[2].rpartition("\nWithout --")[0]
     assert text.count("\n") <= 100 and max(map(len, flags.splitlines())) <= 120
     tables = readme_section("Scaling up") + readme_section(f"{script}.py")
     tables = "".join(re.findall(r"^\| group .*?\n\n", tables, re.M | re.S))
