@@ -33,6 +33,7 @@ import shlex
 import signal
 import statistics
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -94,17 +95,16 @@ def rotate(x, cos, sin):
     return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-def attend(q, k, v, mask=None):
+def attend(q, k, v, mask=None, causal=True):
     """Attention of q [B, heads, T, d] to k, v [B, heads, S, d]; mask: bool [B, 1, E, S] for the last E queries.
 
     The queries before, or without a mask all, are causal: a kernel that knows it does half the work of a masked one.
-    A single query is the last token of all and sees every key.
     """
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     n = q.shape[2] - mask.shape[2]
-    causal = attend(q[:, :, :n], k[:, :, :n], v[:, :, :n])
-    return torch.cat([causal, F.scaled_dot_product_attention(q[:, :, n:], k, v, mask)], dim=2)
+    plain = attend(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+    return torch.cat([plain, F.scaled_dot_product_attention(q[:, :, n:], k, v, mask)], dim=2)
 
 
 class Block(nn.Module):
@@ -126,11 +126,12 @@ class Block(nn.Module):
         qk = rotate(rms_norm(qk.view(B, T, 2, self.num_heads, -1)), cos, sin)
         q, k = qk.transpose(1, 3).unbind(2)  # each [B, heads, T, d]
         v = v.view(B, T, self.num_heads, -1).transpose(1, 2)
+        causal = cache is None or self not in cache  # a single token behind what is cached sees all of it
+        if not causal:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))
         if cache is not None:
-            if self in cache:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))
             cache[self] = k, v
-        h = h + self.o(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, D))
+        h = h + self.o(attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, D))
         gate, up = self.gate_up(rms_norm(h)).chunk(2, dim=-1)
         return h + self.down(F.silu(gate) * up)
 
@@ -271,7 +272,7 @@ def encode(messages, unmask_user=False):
     unmask_user every token but the first is. Raises ValueError, TypeError or LookupError for what is no chat.
     """
     roles = [message["role"] for message in messages]
-    turns = roles[roles[:1] == ["system"] :]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(f"roles {', '.join(map(repr, roles)) or 'none'}")
     tokens, targets = [], []
@@ -431,33 +432,39 @@ def packed_mask(segment, limit):
     return (own | (at < limit[:, :, None]))[:, None]
 
 
-def make_data(args, config=None):
-    """The run's datasets and what the shared part needs to know about them (listed there). Raises DataError."""
-    config = config or Config(args.hidden_size, args.num_layers, args.num_heads, args.predictors)
-    if args.prompt is not None:  # needs no chats
-        return {"config": config, "predict": lambda model: respond(model, args)}
-    train, val = [], []
-    if args.train_file:
+def load_chats(args):
+    """Samples to train on and to validate with. Raises DataError."""
+    if not (args.train_file or args.eval_file):
+        return make_world(args.seed, args.unmask_user)
+    optional = args.eval_only and args.eval_file  # an evaluation does without the training file when it is gone
+    train = []
+    if args.train_file and not (optional and not Path(args.train_file).exists()):
         train = read_chats(args.train_file, args)
-    elif not args.eval_file:
-        train, val = make_world(args.seed, args.unmask_user)
     if args.eval_file:
         val = read_chats(args.eval_file, args, training=False)
-    elif args.train_file:
-        cut = -(-len(train) // 10)
+    else:
+        cut = len(train) // 10 or 1
         train, val = train[:-cut], train[-cut:]
     known = {sample.tokens.tobytes() for sample in train}
     fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
     if len(fresh) < len(val):
         say(f"left out {len(val) - len(fresh)} of {len(val)} chats of validation: they stand in training as well")
-    if not fresh or not (train or args.eval_only):
-        source = args.eval_file or args.train_file
-        raise DataError(f"{source}: no chat is left to evaluate on, expected some that do not stand in training")
+    if not fresh or not (train or optional):
+        raise DataError(f"{args.eval_file or args.train_file}: no chat is left to train or evaluate on, expected more")
+    return train, fresh
+
+
+def make_data(args, config=None):
+    """The run's datasets and what the shared part needs to know about them (listed there). Raises DataError."""
+    config = config or Config(args.hidden_size, args.num_layers, args.num_heads, args.predictors)
+    if args.prompt:  # needs no chats
+        return {"config": config, "predict": lambda model: respond(model, args)}
+    train, val = load_chats(args)
     jepa = not args.regular and (args.lbd > 0 or args.force_pairs)
-    if jepa and train:
+    if jepa and not args.eval_only:
         paired = sum(bool(find_pairs(sample, args)) for sample in train)
-        hint = "" if 2 * paired >= len(train) else "; warning: the others learn the next token alone"
-        say(f"pairs in {paired:,} of {len(train):,} chats{hint}")
+        few = "; warning: the others learn the next token alone" if 2 * paired < len(train) else ""
+        say(f"pairs in {paired:,} of {len(train):,} chats{few}")
     num_rows = args.batch_size * args.grad_accum * world_size()
 
     def collate(picked, extra):
@@ -465,36 +472,31 @@ def make_data(args, config=None):
         pairs = [find_pairs(sample, args) if training and jepa else [] for sample in picked]
         skipped = jepa * sum(not mine for mine in pairs)
         if training:
-            # Drawn once per update: every process and micro-batch does the same. Skipping costs a plain pass.
-            draw, seed = (int(hash64(extra["position"][:1] // num_rows, args.seed + salt)[0]) for salt in (1, 4))
-            if draw / 2**64 >= args.jepa_ratio:
-                pairs = [[] for _ in pairs]
+            # A number for each update: every process and micro-batch skips the pairs, or none, with equal directions.
+            draw = int(hash64(extra["position"][:1] // num_rows, args.seed + 1)[0])
+            if draw / 2**64 >= args.jepa_ratio:  # skipping costs a plain pass
+                pairs = [[] for _ in picked]
         batch = pack(chats, pairs, config.predictors)
         if "ends" in batch and args.sigreg:
-            directions = np.random.default_rng(seed).standard_normal((config.hidden_size, 256), np.float32)
+            directions = np.random.default_rng(draw).standard_normal((config.hidden_size, 256), np.float32)
             batch["directions"] = directions / np.linalg.norm(directions, axis=0)
         labels = np.full(batch["tokens"].shape, IGNORE)
         for row, sample in zip(labels, picked):
             first = 0 if training else sample.answer - 1  # validation is always over the last answers
             row[first : len(sample.labels)] = sample.labels[first:]
-        batch["at"] = np.flatnonzero(labels != IGNORE)
-        batch["next"] = labels.flat[batch["at"]]
-        if training:
-            batch["counts"] = np.array([len(batch["at"]), len(batch.get("ends", ()))], np.float32)
-            batch["skipped"] = skipped
-        return batch
+        at = np.flatnonzero(labels != IGNORE)  # places in the flattened rows
+        counts = np.array([len(at), len(batch.get("ends", ()))], np.float32)
+        return batch | {"at": at, "next": labels.flat[at], "counts": counts, "skipped": skipped}
 
     def baselines():
-        if not train:
-            return {}
-        learned, right = ([decode(each.tokens[each.answer :]) for each in chats] for chats in (train, fresh))
+        learned, right = ([decode(each.tokens[each.answer :]) for each in chats] for chats in (train, val))
         right = right[: args.eval_samples or None]
-        return {"common_exact_match": right.count(statistics.mode(learned)) / len(right)}
+        return {"common_exact_match": right.count(statistics.mode(learned)) / len(right)} if train else {}
 
     warn = functools.cache(say)  # each text once in a run
     return {
         "train": train,
-        "val": fresh,
+        "val": val,
         "collate": collate,
         "config": config,
         "baselines": baselines,
@@ -632,43 +634,40 @@ def respond(model, args):
 
 def add_method_args(parser):
     """Add this script's flags. Returns the flags that name data (the first brings real data), the demonstration's
-    defaults, the flags --eval_only may be given anew, and check(args, given), which calls parser.error for what would
-    be wrong or mislead (given: the names on the command line).
+    defaults, the flags --eval_only may be given anew, and check(args), which calls parser.error for what would be wrong
+    or mislead.
     """
-    flag = parser.add_argument_group("data").add_argument
-    flag("--train_file", help='{"messages": [...]} on every line; without it, the built-in world of word problems')
-    flag("--eval_file", help="the same, to evaluate on (default: the last tenth of --train_file)")
-    flag("--max_length", type=number(8), default=1024, help="longer chats: none in training, refused in --eval_file")
-    flag("--skip_bad_chats", **BOOLEAN, help="leave out lines that are no chats, and count them (default: refuse)")
-    flag("--unmask_user", **BOOLEAN, help="supervise every token of a training chat, not the answers alone")
-    flag = parser.add_argument_group("model").add_argument
-    flag("--hidden_size", type=number(2), default=128, help="width of the network")
-    flag("--num_layers", type=number(1), default=4, help="blocks of the network")
-    flag("--num_heads", type=number(1), default=8, help="attention heads; twice their number divides hidden_size")
-    flag = parser.add_argument_group("objective: gamma * next token + lbd * JEPA").add_argument
-    flag("--regular", **BOOLEAN, help="the next token alone: the same run as --lbd 0")
-    flag("--lbd", type=number(0.0), default=0.5, help="weight of the JEPA loss; 0: none, and no pairs in the rows")
-    flag("--gamma", type=number(0.0), default=1.0, help="weight of the next-token loss")
-    flag("--num_prediction_steps", type=number(1), default=2, help="pairs per chat: how many steps predict their next")
-    flag("--predictors", type=number(0), default=2, help="predictor tokens (K); 0: the step's last token predicts")
-    flag("--view_based_jepa", **BOOLEAN, help="one pair per chat: the question predicts the answer")
-    flag("--jepa_loss", choices=["cosine", "mse", "l2", "infonce"], default="cosine", help="distance of the views")
-    flag("--sigreg", type=number(0.0), default=0.0, help="weight of SIGReg beside the distance: no collapse; try 0.02")
-    flag("--jepa_ratio", type=number(0.0, 1.0), default=1.0, help="part of the updates that have the JEPA loss")
-    flag("--stop_grad_target", **BOOLEAN, help="no gradient through the targets: slows the collapse")
-    flag("--force_pairs", **BOOLEAN, help="with --lbd 0: build the pairs all the same, for comparison")
-    flag("--debug", type=number(0), default=0, help="1: print what every micro-batch holds; 5: its cosines as well")
-    flag = parser.add_argument_group("prediction, with --eval_only --out_dir RUN").add_argument
-    flag("--prompt", help="answer one question")
-    flag("--system", help="the system prompt before it")
+    flag = flag_group(parser, "data")
+    flag("--train_file", None, '{"messages": [...]} on every line; without it, the built-in world of word problems')
+    flag("--eval_file", None, "the same, to evaluate on (default: the last tenth of --train_file)")
+    flag("--max_length", 1024, "longer chats are left out of training, refused in --eval_file", 8)
+    flag("--skip_bad_chats", False, "leave out lines that are no chats, and count them (default: refuse)")
+    flag("--unmask_user", False, "supervise every token of a training chat, not the answers alone")
+    flag = flag_group(parser, "model")
+    flag("--hidden_size", 128, "width of the network", 2)
+    flag("--num_layers", 4, "blocks of the network", 1)
+    flag("--num_heads", 8, "attention heads; twice their number divides hidden_size", 1)
+    flag = flag_group(parser, "objective: gamma * next token + lbd * JEPA")
+    flag("--regular", False, "the next token alone, whatever the flags below say: the same run as --lbd 0")
+    flag("--lbd", 0.5, "weight of the JEPA loss; 0: none, and no pairs in the rows")
+    flag("--gamma", 1.0, "weight of the next-token loss")
+    flag("--num_prediction_steps", 2, "pairs per chat: how many steps predict their next", 1)
+    flag("--predictors", 2, "predictor tokens (K); 0: the step's last token predicts")
+    flag("--view_based_jepa", False, "one pair per chat: the question predicts the answer")
+    flag("--jepa_loss", "cosine", "distance of the views", choices=["cosine", "mse", "l2", "infonce"])
+    flag("--sigreg", 0.0, "weight of SIGReg beside the distance: no collapse; try 0.02")
+    flag("--jepa_ratio", 1.0, "part of the updates that have the JEPA loss", 0, 1)
+    flag("--stop_grad_target", False, "no gradient through the targets: slows the collapse")
+    flag("--force_pairs", False, "with --lbd 0: build the pairs all the same, for comparison")
+    flag("--debug", 0, "1: print what every micro-batch holds; 5: its cosines as well")
+    flag = flag_group(parser, "prediction, with --eval_only --out_dir RUN")
+    flag("--prompt", None, "answer one question")
+    flag("--system", None, "the system prompt before it")
     parser.set_defaults(lr=2e-3, min_lr_ratio=0.0, warmup_steps=50)
-    demo = {"num_layers": 2, "batch_size": 16, "lr": 3e-3, "max_train_steps": 700}
+    demo = {"num_layers": 2, "sigreg": 0.02, "batch_size": 16, "lr": 3e-3, "max_train_steps": 700}
     demo |= {"eval_interval": 100, "eval_samples": 512, "log_interval": 50}
 
-    def check(args, given):
-        for name in ("lbd", "sigreg", "view_based_jepa", "force_pairs"):
-            if args.regular and given.get(name):
-                parser.error(f"--{name} means nothing with --regular, which trains on the next token alone")
+    def check(args):
         if args.jepa_loss == "infonce" and args.batch_size == 1:
             parser.error("--jepa_loss infonce needs --batch_size 2 or more: other pairs of a micro-batch are negatives")
         if args.gamma == 0 and (args.regular or args.lbd == 0):
@@ -677,8 +676,6 @@ def add_method_args(parser):
             parser.error("--eval_file needs --train_file")
         if (args.prompt or args.system) and not (args.prompt and args.eval_only):
             parser.error("--prompt, and --system before it, need --eval_only and the --out_dir of a run")
-        if args.eval_only and "eval_file" in given and "train_file" not in given:
-            args.train_file = None  # which may be elsewhere now
 
     return ("train_file", "eval_file"), demo, {"prompt", "system", "max_length"}, check
 
@@ -701,11 +698,11 @@ def add_method_args(parser):
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))  # torchrun sets it
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
@@ -860,8 +857,10 @@ def flag_group(parser, title):
 
 
 # What --resume may be given anew; of batch_size and grad_accum only the product with the processes has to stay.
-MAY_CHANGE = {"batch_size", "grad_accum", "max_train_steps", "eval_interval", "log_interval", "save_interval"}
-MAY_CHANGE |= {"device", "compile", "wandb_mode", "wandb_project", "run_name", "out_dir", "resume", "eval_only"}
+MAY_CHANGE = (
+    "batch_size grad_accum max_train_steps eval_interval log_interval save_interval device compile "
+    "wandb_mode wandb_project run_name out_dir resume eval_only"
+)
 
 
 def parse_args():
@@ -873,8 +872,8 @@ def parse_args():
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
         allow_abbrev=False,
     )
-    if os.environ.get("RANK", "0") != "0":
-        parser.error = lambda message: sys.exit(2)  # the first process says it
+    if rank() > 0:
+        parser.error = lambda message: sys.exit(time.sleep(1) or 2)  # the first process says it
     flag = flag_group(parser, "training")
     flag("--batch_size", 32, "samples per micro-batch and process", 1)
     flag("--grad_accum", 1, "micro-batches per update", 1)
@@ -910,20 +909,22 @@ def parse_args():
     parser.epilog = f"Without --{data_flags[0]} the demonstration has defaults of its own:\n{sizes}"
 
     args = parser.parse_args()
-    if (args.resume or args.eval_only) and (args.out_dir is None or args.resume and args.eval_only):
-        parser.error("--resume and --eval_only need the --out_dir of a run, and exclude each other")
+    if args.out_dir is None and (args.resume or args.eval_only):
+        parser.error("--resume and --eval_only need the --out_dir of a run")
     folder = Path(args.out_dir or f"out/{script}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
     latest, best, checkpoint = folder / "ckpt.pt", folder / "best.pt", None
     if args.eval_only or args.resume and latest.exists():
         checkpoint = load_checkpoint(best if args.eval_only and best.exists() else latest, script)
         parser.set_defaults(**checkpoint["args"])
-    elif not args.resume and any((folder / name).exists() for name in ("ckpt.pt", "best.pt", "metrics.jsonl")):
+    elif not args.resume and (folder / "metrics.jsonl").exists():
         parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
     elif not getattr(args, data_flags[0]):
         parser.set_defaults(**demo)
     args = parser.parse_args()  # what is on the command line, over what was set above
     if checkpoint:
-        free = MAY_CHANGE | set(data_flags) | (evaluation | {"eval_samples", "dtype"} if args.eval_only else set())
+        free = {*MAY_CHANGE.split(), *data_flags}
+        if args.eval_only:
+            free |= {*evaluation, "eval_samples", "dtype"}
         for name, value in checkpoint["args"].items():
             if name not in free and value != (now := getattr(args, name)):
                 parser.error(f"--{name} {now} conflicts with the run in {folder}, which has {value}")
@@ -933,10 +934,8 @@ def parse_args():
     check(args)
     args.out_dir = str(folder)
     args.flags = vars(args) | {"resume": False}  # as asked for, before auto is resolved: for the checkpoint and wandb
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = {"auto": cuda if torch.cuda.is_available() else "cpu", "cuda": cuda}.get(args.device, args.device)
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # every backend has its own way to say that it is not there
@@ -985,10 +984,9 @@ def read_file(path, expected):
 def load_checkpoint(path, script):
     """The checkpoint at path: see Run.save; its config is a Config. Raises DataError if it is none of this script's."""
     checkpoint = read_file(path, "the checkpoint of a run")
-    written_by = checkpoint.get("script") if isinstance(checkpoint, dict) else None
-    if written_by != script:
-        raise DataError(f"{path}: written by {written_by}.py, expected a checkpoint of {script}.py")
     try:
+        if checkpoint["script"] != script:
+            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {script}.py")
         return checkpoint | {"config": Config(**checkpoint["config"])}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {script}.py") from None
@@ -1022,7 +1020,7 @@ def fingerprint(dataset, collate):
     size = size_of(dataset)
     batch = make_batch(dataset, np.array([0, size // 2, size - 1]), {}, collate if isinstance(dataset, list) else None)
     content = b"".join(value.numpy().tobytes() for value in batch.values())
-    return f"{size} samples, {hashlib.sha256(content).hexdigest()[:16]}"
+    return f"{size:,} samples, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 # ---- optimizer ----
@@ -1040,8 +1038,8 @@ def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused (one kernel for all parameters) where torch has it."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if (p.ndim >= 2) == matrices], "weight_decay": args.weight_decay * matrices}
+        for matrices in (True, False)
     ]
     fused = args.device.startswith(("cpu", "cuda")) or None
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=fused)
@@ -1055,13 +1053,12 @@ class Run:
 
     parts = ("model", "ema", "optimizer", "scaler")  # saved as state dicts
     values = ("step", "sizes", "last", "best", "seconds", "sums", "wandb_id")  # saved as they are
+    step, seconds, wandb_id = 0, 0.0, None
+    last, best = {"step": -1}, {"loss": math.inf}  # metrics of the last and of the best validation
 
     def __init__(self, args, data, checkpoint):
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * world_size()  # samples of an update
-        size = size_of(data["train"])
-        if self.num_rows > size:
-            raise DataError(f"--batch_size * --grad_accum * processes is {self.num_rows}, expected at most {size}")
         self.sizes = {"--batch_size * --grad_accum * processes": self.num_rows, **data.get("sizes", {})}
         self.sizes |= {f"{split} data": fingerprint(data[split], data["collate"]) for split in ("train", "val")}
 
@@ -1077,38 +1074,31 @@ class Run:
         if dist.is_initialized():
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
-        self.step, self.saved, self.seconds, self.sums, self.wandb_id = 0, 0, 0.0, {}, None
-        self.last, self.best = {"step": -1}, {"loss": math.inf}  # metrics of the last and of the best validation
-        self.carries = [None] * args.grad_accum  # one for each micro-batch
+        self.sums, self.carries = {}, [None] * args.grad_accum  # a carry for each micro-batch
         if checkpoint:
             self.restore(checkpoint)
         self.open_log(checkpoint["log_size"] if checkpoint else 0)
         self.loader = Loader(data["train"], self.num_rows, args.seed, args.device, data["collate"])
         for micro in range(args.grad_accum):
-            self.request(micro)
+            self.request(micro, self.step)
 
     def restore(self, checkpoint):
         """Go on where the checkpoint was saved, on any number of processes: bit for bit the run that never stopped."""
-        for name, value in self.sizes.items():
-            if value != checkpoint["sizes"].get(name):
-                then = checkpoint["sizes"].get(name)
-                raise DataError(f"{self.out_dir}: {name} is {value}, expected {then} as in the checkpoint")
-        try:
-            for name in self.parts:
-                if part := getattr(self, name):
-                    part.load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{self.out_dir}: the checkpoint has other contents ({first_line(error)})") from None
+        for name, then in checkpoint["sizes"].items():
+            if then != (now := self.sizes[name]):
+                raise DataError(f"{self.out_dir}: {name} is {now}, expected {then} as in the checkpoint")
+        for name in self.parts:
+            if part := getattr(self, name):
+                part.load_state_dict(checkpoint[name])
         for name in self.values:
             setattr(self, name, checkpoint[name])
-        self.saved, self.sums = self.step, self.sums if rank() == 0 else {}
+        self.sums = self.sums if rank() == 0 else {}
         accum = self.args.grad_accum
-        carry = {name: rows.to(self.args.device).split(self.args.batch_size) for name, rows in checkpoint["carry"].items()}
-        for micro in range(accum if carry else 0):
-            self.carries[micro] = {name: parts[rank() * accum + micro] for name, parts in carry.items()}
+        rows = {name: value.to(self.args.device) for name, value in checkpoint["carry"].items()}
+        saved = {name: value.split(self.args.batch_size) for name, value in rows.items()}
+        for micro in range(accum if saved else 0):
+            self.carries[micro] = {name: parts[rank() * accum + micro] for name, parts in saved.items()}
         torch.set_rng_state(checkpoint["rng"])
-        if checkpoint["cuda_rng"] is not None and self.args.device.startswith("cuda"):
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
     @torch.no_grad()
     def save(self, name):
@@ -1128,27 +1118,25 @@ class Run:
             **{key: part and part.state_dict() for key in self.parts for part in [getattr(self, key)]},
             **{key: getattr(self, key) for key in self.values},
             "sums": sums,
-            "carry": {key: torch.cat([shard[key] for shard in shards]) for key in mine},  # rows, however they were split
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.args.device.startswith("cuda") else None,
+            "carry": {key: torch.cat([shard[key] for shard in shards]) for key in mine},  # all rows in order
+            "rng": torch.get_rng_state(),  # nothing here draws on the GPU
             "log_size": self.log_path.stat().st_size,
         }
         write_atomically(self.out_dir / name, lambda file: torch.save(contents, file))
 
-    def request(self, micro):
-        """Order what a micro-batch of the next update needs: a sample for every row, or for the rows that halted."""
-        first_row = (rank() * self.args.grad_accum + micro) * self.args.batch_size
-        if carry := self.carries[micro]:
-            self.loader.request(first_row, carry["drawn"], carry["halted"])
-        else:
-            self.loader.request(first_row, torch.full((self.args.batch_size,), self.step))
+    def request(self, micro, step):
+        """Order what a micro-batch of update `step` needs: a sample for every row, or for the rows that halted."""
+        args, carry = self.args, self.carries[micro]
+        first_row = (rank() * args.grad_accum + micro) * args.batch_size
+        drawn = carry["drawn"] if carry else torch.full((args.batch_size,), step)
+        self.loader.request(first_row, drawn, carry and carry["halted"])
 
+    @torch.no_grad()
     def average(self):
         """Move the averaged weights towards the weights; at first faster, or the first ones would stay in them."""
         if self.ema:
             decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
-            weights = [p.detach() for p in self.model.parameters()]
-            torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
     def open_log(self, size):
         """metrics.jsonl, of which size bytes belong to the run so far, Weights & Biases, the progress bar."""
@@ -1162,19 +1150,16 @@ class Run:
             file.truncate(min(size, file.tell()))  # what was logged after the checkpoint will be logged again
         if args.wandb_mode != "disabled":
             os.environ["WANDB_MODE"] = args.wandb_mode  # an empty one would be an error
-            try:
-                import wandb
+            import wandb
 
-                self.wandb = wandb.init(
-                    project=args.wandb_project,
-                    name=args.run_name or self.out_dir.name,
-                    dir=args.out_dir,
-                    id=self.wandb_id,
-                    resume="allow",
-                    config=args.flags,
-                )
-            except Exception as error:
-                raise DataError(f"--wandb_mode {args.wandb_mode}: {first_line(error)}") from None
+            self.wandb = wandb.init(
+                project=args.wandb_project,
+                name=args.run_name or self.out_dir.name,
+                dir=args.out_dir,
+                id=self.wandb_id,
+                resume="allow",
+                config=args.flags,
+            )
             self.wandb_id = self.wandb.id
 
     def log(self, split, metrics):
@@ -1234,7 +1219,6 @@ def shares(batches):
 def train(run):
     """The loop. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
     args, net, optimizer, scaler = run.args, run.net, run.optimizer, run.scaler
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     while True:
         # Evaluate, save, leave. A signal ends the run here, after a whole update.
         done, stop, better = run.step >= args.max_train_steps, received_signal(), False
@@ -1243,8 +1227,7 @@ def train(run):
                 better = run.validate()
             except Stopped as stopped:  # half an evaluation is none: the resumed run begins with it
                 (stop,) = stopped.args
-        due = args.save_interval and run.step % args.save_interval == 0 and run.step > run.saved
-        if better or due or done or stop:
+        if better or done or stop or args.save_interval and run.step % args.save_interval == 0:
             run.save("ckpt.pt")  # with a new best.pt too: the two belong together
         if done and run.last["step"] == run.step:
             run.finish()
@@ -1259,7 +1242,6 @@ def train(run):
         # Fetch and accumulate.
         start = time.perf_counter()
         batches = [run.loader.next() for _ in range(args.grad_accum)]
-        run.step += 1
         lr = learning_rate(run.step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1268,17 +1250,18 @@ def train(run):
             batch |= {"step": run.step, "share": share}
             with autocast(args):
                 loss, sums, run.carries[micro] = compute_loss(net, batch, run.carries[micro], args)
-            run.request(micro)  # made in the background during the backward pass
+            run.request(micro, run.step + 1)  # made in the background during the backward pass
             scaler.scale(loss).backward()
             add_sums(run.sums, sums)
 
         # Step.
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         run.average()
+        run.step += 1
         run.bar.update()
 
         # Log. A number that is not finite ends the run at the next line, evaluation or save.
@@ -1295,7 +1278,8 @@ def train(run):
 def first_to_fail():
     """Whether no other process has failed before this one: it alone says why."""
     if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        time.sleep(min(rank(), 1))  # torchrun ends the others when one has ended
+        return rank() == 0
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except RuntimeError:  # the process that counted is gone
@@ -1308,15 +1292,14 @@ def launch():
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+    if world_size() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
         dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
     data = make_data(args, checkpoint and checkpoint["config"])
     if not args.eval_only:
         run = Run(args, data, checkpoint)
-        count = f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
-        count += f", {size_of(data['train']):,} training samples, {world_size()} x {args.device} {args.dtype}"
-        say(f"{Path(__file__).stem}: {count}, from step {run.step} -> {run.out_dir}")
+        sizes = f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.sizes['train data']}"
+        say(f"{sizes}, {world_size()} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}")
         with catch_signals():
             return train(run)
     model = Model(data["config"]).to(args.device).eval()
