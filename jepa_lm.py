@@ -98,7 +98,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask=None, causal=True):
     """Attention of q [B, heads, T, d] to k, v [B, heads, S, d]; mask: bool [B, 1, E, S] for the last E queries.
 
-    The queries before, or without a mask all, are causal: a kernel that knows it does half the work of a masked one.
+    The queries before, or without a mask all, are causal (or, on demand, see everything): a kernel that knows it does
+    half the work of a masked one.
     """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -123,15 +124,15 @@ class Block(nn.Module):
     def forward(self, h, cos, sin, mask=None, cache=None):
         B, T, D = h.shape
         qk, v = self.qkv(rms_norm(h)).split([2 * D, D], dim=-1)
-        qk = rotate(rms_norm(qk.view(B, T, 2, self.num_heads, -1)), cos, sin)
+        qk = rotate(rms_norm(qk.view(B, T, 2, self.num_heads, -1)), cos, sin)  # [B, T, 2, heads, d]
         q, k = qk.transpose(1, 3).unbind(2)  # each [B, heads, T, d]
-        v = v.view(B, T, self.num_heads, -1).transpose(1, 2)
+        v = v.view(B, T, self.num_heads, -1).transpose(1, 2)  # [B, heads, T, d]
         causal = cache is None or self not in cache  # a single token behind what is cached sees all of it
         if not causal:
             k, v = (torch.cat(pair, dim=2) for pair in zip(cache[self], (k, v)))
         if cache is not None:
             cache[self] = k, v
-        h = h + self.o(attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, D))
+        h = h + self.o(attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, D))  # [B, heads, T, d] -> [B, T, D]
         gate, up = self.gate_up(rms_norm(h)).chunk(2, dim=-1)
         return h + self.down(F.silu(gate) * up)
 
@@ -289,7 +290,7 @@ def encode(messages, unmask_user=False):
 
 def find_steps(text, at):
     """[start, end) of each step of an answer (bytes), counted from `at`: what lines of nothing but white space part."""
-    steps, parted = [], True
+    steps, parted = [], True  # parted: whether the line before is blank
     for line in text.splitlines(keepends=True):
         if line.decode().strip():
             start = at if parted else steps.pop()[0]
@@ -412,7 +413,7 @@ def pack(chats, pairs, predictors):
             at = put(row, at, VOCABULARY + count[:K], context, 2 * i + 1, context)
             prediction, target = at - 1 if K else context - 1, chat[start:end]
             at = put(row, at, target, 0, 2 * i + 2, 0)
-            text = texts.setdefault(target.tobytes(), len(texts))
+            text = texts.setdefault(target.tobytes(), len(texts))  # a number for each text
             ends.append((row * T + prediction, row * T + at - 1, text))
     if not ends:
         return {"tokens": tokens}
@@ -428,7 +429,7 @@ def packed_mask(segment, limit):
     the row, where the chat stands. Padding is a segment of its own: a row of the mask without any True would give NaN.
     """
     at, E = torch.arange(segment.shape[1], device=segment.device), limit.shape[1]
-    own = (segment[:, -E:, None] == segment[:, None, :]) & (at[-E:, None] >= at)
+    own = (segment[:, -E:, None] == segment[:, None, :]) & (at[-E:, None] >= at)  # [B, E, T]
     return (own | (at < limit[:, :, None]))[:, None]
 
 
@@ -480,7 +481,7 @@ def make_data(args, config=None):
         if "ends" in batch and args.sigreg:
             directions = np.random.default_rng(draw).standard_normal((config.hidden_size, 256), np.float32)
             batch["directions"] = directions / np.linalg.norm(directions, axis=0)
-        labels = np.full(batch["tokens"].shape, IGNORE)
+        labels = np.full(batch["tokens"].shape, IGNORE)  # [B, T]
         for row, sample in zip(labels, picked):
             first = 0 if training else sample.answer - 1  # validation is always over the last answers
             row[first : len(sample.labels)] = sample.labels[first:]
@@ -489,7 +490,7 @@ def make_data(args, config=None):
         return batch | {"at": at, "next": labels.flat[at], "counts": counts, "skipped": skipped}
 
     def baselines():
-        learned, right = ([decode(each.tokens[each.answer :]) for each in chats] for chats in (train, val))
+        learned, right = ([each.tokens[each.answer :].tobytes() for each in chats] for chats in (train, val))
         right = right[: args.eval_samples or None]
         return {"common_exact_match": right.count(statistics.mode(learned)) / len(right)} if train else {}
 
@@ -594,12 +595,12 @@ def evaluate(model, data, args):
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
         tokens, at, right = batch["tokens"], batch["at"], batch["next"]
         with autocast(args):
-            logits = model.head(model(tokens).flatten(0, 1)[at])
+            logits = model.head(model(tokens).flatten(0, 1)[at])  # [tokens of the answers, VOCABULARY]
         loss = F.cross_entropy(logits, right)
-        hit = torch.ones_like(tokens, dtype=torch.bool)  # [B, T]
+        hit = torch.ones_like(tokens, dtype=torch.bool)  # [B, T]; what nobody asks for is right
         hit.view(-1)[at] = logits.argmax(-1) == right
         exact = hit.all(1).float().mean()
-        hit.view(-1)[at] |= right == END
+        hit.view(-1)[at] |= right == END  # a longer answer begins with the right one
         add_sums(sums, to_sums({"loss": loss, "llm_loss": loss}, len(at)))
         add_sums(sums, to_sums({"exact_match": exact, "prefix_match": hit.all(1).float().mean()}, len(tokens)))
     return means(sums)
@@ -677,7 +678,7 @@ def add_method_args(parser):
         if (args.prompt or args.system) and not (args.prompt and args.eval_only):
             parser.error("--prompt, and --system before it, need --eval_only and the --out_dir of a run")
 
-    return ("train_file", "eval_file"), demo, {"prompt", "system", "max_length"}, check
+    return ("train_file", "eval_file"), demo, {"prompt", "system", "max_length", "skip_bad_chats"}, check
 
 
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
@@ -1020,7 +1021,7 @@ def fingerprint(dataset, collate):
     size = size_of(dataset)
     batch = make_batch(dataset, np.array([0, size // 2, size - 1]), {}, collate if isinstance(dataset, list) else None)
     content = b"".join(value.numpy().tobytes() for value in batch.values())
-    return f"{size:,} samples, {hashlib.sha256(content).hexdigest()[:16]}"
+    return f"{size} samples, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 # ---- optimizer ----
@@ -1298,7 +1299,7 @@ def launch():
     data = make_data(args, checkpoint and checkpoint["config"])
     if not args.eval_only:
         run = Run(args, data, checkpoint)
-        sizes = f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.sizes['train data']}"
+        sizes = f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples"
         say(f"{sizes}, {world_size()} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}")
         with catch_signals():
             return train(run)
