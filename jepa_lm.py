@@ -555,7 +555,9 @@ def compute_loss(model, batch, carry, args):
         with torch.autocast(h.device.type, enabled=False):  # cosines of .99 and .98 must differ
             jepa = jepa_loss(predicted, target, args.jepa_loss, batch["text"])
             sums |= to_sums({"jepa_loss": jepa.detach()}, num_pairs)
-            if "directions" in batch:  # rms_norm has given the views the length that a Gaussian of variance 1 has
+            # rms_norm has given the views the length that a Gaussian of variance 1 has. The test is on all views of the
+            # micro-batch together, so (as with infonce's negatives) it depends on how an update is split.
+            if "directions" in batch:
                 spread = sigreg(views.flatten(0, 1), batch["directions"])
                 sums |= to_sums({"sigreg_loss": spread.detach()}, num_pairs)
                 jepa = jepa + args.sigreg * spread
@@ -657,7 +659,7 @@ def add_method_args(parser):
     flag("--predictors", 2, "predictor tokens (K); 0: the step's last token predicts")
     flag("--view_based_jepa", False, "one pair per chat: the question predicts the answer")
     flag("--jepa_loss", "cosine", "distance of the views", choices=["cosine", "mse", "l2", "infonce"])
-    flag("--sigreg", 0.0, "weight of SIGReg beside the distance: no collapse; try 0.02")
+    flag("--sigreg", 0.0, "weight of SIGReg beside the distance: no collapse; try 0.02; 0: none")
     flag("--jepa_ratio", 1.0, "part of the updates that have the JEPA loss", 0, 1)
     flag("--stop_grad_target", False, "no gradient through the targets: slows the collapse")
     flag("--force_pairs", False, "with --lbd 0: build the pairs all the same, for comparison")
