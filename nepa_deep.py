@@ -25,6 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import http.client
 import itertools
@@ -353,6 +354,7 @@ def draw_images(rng, labels):
     return np.uint8(255 * image.clip(0, 1) + 0.5)
 
 
+@functools.lru_cache
 def make_world(seed):
     """Datasets train (8,000) and val (2,000) of labelled texture images, uint8 [N, 32, 32, 3], made from the seed.
 
@@ -447,7 +449,8 @@ def download(url, md5, folder):
     with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory(dir=folder) as unpacked:
         try:
             response = urllib.request.urlopen(url, timeout=60)
-            with tqdm.wrapattr(response, "read", response.length, desc=folder.name) as stream:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm.wrapattr(response, "read", size, desc=folder.name) as stream:
                 shutil.copyfileobj(stream, file)
         except (OSError, http.client.HTTPException) as error:
             raise DataError(f"{url}: {first_line(error)}, expected the archive") from None
@@ -1092,7 +1095,7 @@ def fingerprint(dataset, collate):
     size = size_of(dataset)
     batch = make_batch(dataset, np.array([0, size // 2, size - 1]), {}, collate if isinstance(dataset, list) else None)
     content = b"".join(value.numpy().tobytes() for value in batch.values())
-    return f"{size:,} samples, {hashlib.sha256(content).hexdigest()[:16]}"
+    return f"{size} samples, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 # ---- optimizer ----
@@ -1370,7 +1373,7 @@ def launch():
     data = make_data(args, checkpoint and checkpoint["config"])
     if not args.eval_only:
         run = Run(args, data, checkpoint)
-        sizes = f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.sizes['train data']}"
+        sizes = f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples"
         say(f"{sizes}, {world_size()} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}")
         with catch_signals():
             return train(run)

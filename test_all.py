@@ -1199,54 +1199,39 @@ def pictures(B=2, height=12, width=12, seed=1):
 
 
 def reference_vit(model, image, scale=1.0):
-    """The specification, one image, one position and one head at a time, float64: embedding, states, prediction."""
+    """The specification for one image, float64, turning by complex numbers: embedding, states, prediction."""
     c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
     P, d = c.patch_size, c.hidden_size // c.num_heads
     rows, columns = image.shape[1] // P, image.shape[2] // P
+    f = [2j * math.pi * scale * c.rope_theta ** (-4 * j / d) for j in range(d // 4)]
+    turns = [[1] * (d // 2)]  # of CLS
+    for row, column in itertools.product(range(rows), range(columns)):
+        places = 2 * (row + 0.5) / rows - 1, 2 * (column + 0.5) / columns - 1
+        turns.append([cmath.exp(place * each) for place in places for each in f])
+    turns = torch.tensor(turns, dtype=torch.complex128)[:, None]
 
     def norm(v, name):
-        v = v - v.mean(-1, keepdim=True)
-        v = v / (v.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt()
-        return v * w[f"{name}.weight"] + w[f"{name}.bias"] if f"{name}.weight" in w else v
+        return F.layer_norm(v, v.shape[-1:], w.get(f"{name}.weight"), w.get(f"{name}.bias"), c.norm_eps)
 
     def linear(v, name):
         return v @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-    def turned(v, t, name):
-        """Normed, and its pairs turned as complex numbers."""
-        v = norm(v, name) if c.qk_norm else v
-        if t == 0:  # CLS
-            return v
-        row, column = divmod(t - 1, columns)
-        places = 2 * (row + 0.5) / rows - 1, 2 * (column + 0.5) / columns - 1
-        f = [c.rope_theta ** (-4 * j / d) for j in range(d // 4)]
-        turns = torch.tensor([cmath.exp(2j * math.pi * scale * place * each) for place in places for each in f])
-        pairs = torch.complex(*v.chunk(2)) * turns
-        return torch.cat([pairs.real, pairs.imag])
+    def turned(v, name):  # [T, heads, d]
+        pairs = torch.complex(*(norm(v, name) if c.qk_norm else v).chunk(2, -1)) * turns
+        return torch.cat([pairs.real, pairs.imag], -1)
 
-    def block(h, name):
-        q, k, v = linear(norm(h, f"{name}.norm1"), f"{name}.qkv").view(len(h), 3, c.num_heads, d).unbind(1)
-        mixed = torch.zeros_like(q)
-        for t, head in itertools.product(range(len(h)), range(c.num_heads)):
-            keys = torch.stack([turned(k[s, head], s, f"{name}.k_norm") for s in range(t + 1)])
-            scores = keys @ turned(q[t, head], t, f"{name}.q_norm") / d**0.5
-            mixed[t, head] = torch.softmax(scores, 0) @ v[: t + 1, head]
-        h = h + w[f"{name}.scale1"] * linear(mixed.flatten(1), f"{name}.o")
-        up = linear(norm(h, f"{name}.norm2"), f"{name}.up")
-        if c.gated_mlp:
-            gate, up = up.chunk(2, -1)
-            inner = gate / (1 + torch.exp(-gate)) * up
-        else:
-            inner = up * 0.5 * (1 + torch.erf(up / 2**0.5))
-        return h + w[f"{name}.scale2"] * linear(inner, f"{name}.down")
-
-    h = [w["cls_token"][0, 0]]
-    for row, column in itertools.product(range(rows), range(columns)):
-        patch = image[:, row * P : (row + 1) * P, column * P : (column + 1) * P].double()
-        h.append((w["patch.weight"] * patch).sum((1, 2, 3)) + w["patch.bias"])
-    states = [torch.stack(h)]
-    for i in range(c.num_layers):
-        states.append(block(states[-1], f"layers.{i}"))
+    patches = F.unfold(image[None].double(), P, stride=P)[0].T @ w["patch.weight"].flatten(1).T + w["patch.bias"]
+    states = [torch.cat([w["cls_token"][0], patches])]
+    for at in (f"layers.{i}." for i in range(c.num_layers)):
+        h = states[-1]
+        q, k, v = linear(norm(h, at + "norm1"), at + "qkv").view(len(h), 3, c.num_heads, d).unbind(1)
+        scores = torch.einsum("qhd,khd->hqk", turned(q, at + "q_norm"), turned(k, at + "k_norm")) / d**0.5
+        scores[:, torch.ones(len(h), len(h)).triu(1) > 0] = -math.inf
+        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+        h = h + w[at + "scale1"] * linear(mixed, at + "o")
+        up = linear(norm(h, at + "norm2"), at + "up")
+        inner = F.silu(up.chunk(2, -1)[0]) * up.chunk(2, -1)[1] if c.gated_mlp else F.gelu(up)
+        states.append(h + w[at + "scale2"] * linear(inner, at + "down"))
     return [*states, norm(states[-1], "norm")]
 
 
@@ -1289,13 +1274,11 @@ def test_changing_a_patch_changes_no_prediction_before_it():
 
 
 def test_checkpointing_blocks_gives_the_same_gradient():
-    gradients = []
-    for grad_checkpoint in (False, True):
-        model = vit()
-        model.grad_checkpoint = grad_checkpoint
-        nepa_deep.intermediate_loss(*model(pictures(), 1.3))[0].backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(g is not None and g.abs().sum() > 0 for g in gradients[0])
+    model, gradients = vit(), []
+    for model.grad_checkpoint in (False, True):
+        loss = nepa_deep.intermediate_loss(*model(pictures(), 1.3))[0]
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(g.any() for g in gradients[0])
     torch.testing.assert_close(*gradients)
 
 
@@ -1352,10 +1335,9 @@ def official_weights(model):
 
 
 def official_config(**changes):
-    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "mlp_hidden": "intermediate_size"}
-    names["gated_mlp"] = "use_gated_mlp"
-    config = {names.get(name, name): value for name, value in {**VIT, "mlp_hidden": 64, **changes}.items()}
-    return {**config, "hidden_act": "silu" if changes.get("gated_mlp") else "gelu", "is_causal": True, "qkv_bias": True}
+    gated, hidden = changes.get("gated_mlp", False), changes.get("mlp_hidden", 64)
+    config = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": hidden, "use_gated_mlp": gated}
+    return VIT | changes | config | {"hidden_act": "silu" if gated else "gelu", "is_causal": True, "qkv_bias": True}
 
 
 @pytest.mark.parametrize("changes", KINDS)
@@ -1374,15 +1356,9 @@ def test_published_weights_load_by_their_names(changes, capsys):
 
 def test_published_weights_that_do_not_fit_are_named():
     weights, config = official_weights(vit()), official_config()
-    norm = "vit_nepa.layernorm.weight"
-    bad = {
-        "norm.weight": {name: value for name, value in weights.items() if name != norm},
-        r"norm.weight.*\[3\]": weights | {norm: torch.ones(3)},
-        "decoder.bias": weights | {"vit_nepa.decoder.bias": torch.ones(3)},
-        r"layers.0.qkv.bias.*\[32\]": {
-            name: weights[name] for name in weights if "0.attention.attention.key" not in name
-        },
-    }
+    key = "vit_nepa.encoder.layer.0.attention.attention.key.bias"
+    bad = {r"layers.0.qkv.bias.*\[32\]": {name: weights[name] for name in weights if name != key}}
+    bad |= {"decoder.bias": weights | {"vit_nepa.decoder.bias": torch.ones(3)}}
     for message, given in bad.items():
         with pytest.raises(ValueError, match=message):
             nepa_deep.from_official(config, given)
@@ -1393,13 +1369,9 @@ def test_published_weights_that_do_not_fit_are_named():
 
 def test_a_run_starts_from_published_weights(tmp_path):
     sizes = "--hidden_size 16 --num_layers 3 --num_heads 2 --patch_size 4 --lr 0 --weight_decay 0 --ema_decay 0"
-    file, weights = tmp_path / "weights.pt", official_weights(vit())
-    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, file)
-    run("nepa_deep", tmp_path / "run", f"{sizes} --init_from {file} --max_train_steps 3")
+    torch.save({"state_dict": official_weights(vit())}, tmp_path / "weights.pt")
+    run("nepa_deep", tmp_path / "run", f"{sizes} --init_from {tmp_path / 'weights.pt'} --max_train_steps 3")
     assert same(load(tmp_path / "run")["model"], vit().state_dict())
-    torch.save(weights | {"vit_nepa.layernorm.weight": torch.full((16,), math.nan)}, file)
-    with pytest.raises(SystemExit, match=f"^error: {file}: weight norm.weight is not finite"):
-        run("nepa_deep", tmp_path / "bad", f"{sizes} --init_from {file}")
 
 
 @pytest.mark.parametrize("path", dumps("vit_nepa.layernorm.weight"))
@@ -1413,8 +1385,8 @@ def test_parity_with_the_published_vit(path):
     for name, state in (states | {f"h{i}": h for i, h in enumerate(output.hidden_states, start=1)}).items():
         torch.testing.assert_close(state.detach(), torch.tensor(dump[name]), atol=5e-6, rtol=0)
     total, final, layers = nepa_deep.intermediate_loss(*output)
-    assert final.item() == pytest.approx(float(dump["loss"]), abs=1e-6)
-    assert sum(layers).item() / len(layers) == pytest.approx(float(dump["loss_intermediate"]), abs=1e-6)
+    losses = {"loss": final.item(), "loss_intermediate": sum(layers).item() / len(layers)}
+    assert losses == pytest.approx({name: float(dump[name]) for name in losses}, abs=1e-6)
     for loss, name in ((total, "total"), (final, "loss")):
         gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         norm = torch.stack([g.double().norm() for g in gradients]).norm().item()
@@ -1448,22 +1420,18 @@ def test_every_layer_but_the_last_counts_in_the_intermediate_loss():
         more = {"inputs": list(model.parameters()), "retain_graph": True, "allow_unused": True}
         for a, b in zip(torch.autograd.grad(mine, **more), torch.autograd.grad(right, **more)):
             torch.testing.assert_close(a, b.float(), atol=1e-6, rtol=1e-4)
-
-
-def test_one_layer_or_no_states_leave_the_final_loss_alone():
-    for output in (vit(num_layers=1)(pictures()), vit()(pictures())._replace(hidden_states=[])):
-        loss, loss_final, layers = nepa_deep.intermediate_loss(*output)
-        assert loss is loss_final and layers == []
+    for states in ([], output.hidden_states[:1]):  # none before the last
+        loss, loss_final, values = nepa_deep.intermediate_loss(output.embedding, states, output.prediction)
+        assert loss is loss_final and values == []
 
 
 def test_the_losses_stay_finite_at_zero_and_know_their_range():
     zero, x = torch.zeros(1, 4, 8, requires_grad=True), torch.randn(1, 4, 8)
-    shifted = torch.cat([x[:, 1:], x[:, :1]], 1)  # predicts at t what stands at t + 1
+    following = x.roll(-1, 1)  # predicts at t what stands at t + 1
     for loss in (nepa_deep.prediction_loss, lambda a, b: nepa_deep.intermediate_loss(a, [], b)[0]):
-        assert loss(x, zero).item() == 0 and loss(zero, x).item() == 0
-        (gradient,) = torch.autograd.grad(loss(x, zero), zero)
-        assert gradient.isfinite().all()
-        assert loss(x, 3 * shifted).item() == pytest.approx(-1) and loss(x, -shifted).item() == pytest.approx(1)
+        assert loss(x, zero).item() == loss(zero, x).item() == 0
+        assert torch.autograd.grad(loss(x, zero), zero)[0].isfinite().all()
+        assert [loss(x, 3 * following).item(), loss(x, -following).item()] == pytest.approx([-1, 1])
 
 
 def test_the_nepa_losses_run_when_pasted_elsewhere():
@@ -1487,30 +1455,25 @@ def test_the_intermediate_loss_keeps_almost_nothing_more_for_backward(amp):
 
 def test_the_intermediate_loss_weight_and_its_metrics(tmp_path):
     for line in run("nepa_deep", tmp_path / "on", "--intermediate_loss_weight 0.5 --grad_accum 2"):
-        layers = [line["loss_layer_1"], line["loss_layer_2"]]
-        assert line["loss_intermediate"] == pytest.approx(sum(layers) / 2, abs=1e-6) and "loss_layer_3" not in line
-        assert line["loss"] == pytest.approx(line["loss_final"] + 0.5 * line["loss_intermediate"], abs=1e-6)
+        mean = (line["loss_layer_1"] + line["loss_layer_2"]) / 2
+        assert line["loss_intermediate"] == pytest.approx(mean, abs=1e-6) and "loss_layer_3" not in line
+        assert line["loss"] == pytest.approx(line["loss_final"] + 0.5 * mean, abs=1e-6)
     off = run("nepa_deep", tmp_path / "off", "--use_intermediate_loss False")
     for line in off:  # validation has them as a diagnosis
         assert line["loss"] == line["loss_final"] and ("loss_intermediate" in line) == (line["split"] != "train")
-    names = {"loss_layer_1", "loss_layer_2", "copy_loss", "constant_loss", "knn_acc", "probe_acc"}
-    assert names | {"embed_cos", "effective_rank"} <= off[0].keys()
-    assert {prefix + name for prefix in ("raw_", "untrained_") for name in ("knn_acc", "probe_acc")} <= off[-1].keys()
+    names = "loss_layer_1 loss_layer_2 copy_loss constant_loss knn_acc raw_knn_acc untrained_knn_acc probe_acc"
+    assert {*names.split(), "raw_probe_acc", "untrained_probe_acc", "embed_cos", "effective_rank"} <= off[-1].keys()
 
 
-def test_positions_are_stretched_by_one_factor_an_update_and_in_training_only(tmp_path, monkeypatch):
-    scales, real = [], nepa_deep.rotary
+def test_positions_are_stretched_by_one_factor_an_update(monkeypatch):
+    scales, real, args, model = [], nepa_deep.rotary, parsed("nepa_deep", "--device cpu"), vit(num_layers=1)
     monkeypatch.setattr(nepa_deep, "rotary", lambda *inputs: scales.append(float(inputs[4])) or real(*inputs))
-    run("nepa_deep", tmp_path, "--grad_accum 2 --eval_interval 100 --probe_samples 10 --eval_samples 8")
-    train = [scale for scale in scales if scale != 1.0]
-    assert len(train) == 12 and train[::2] == train[1::2] and len(set(train)) == 6 and len(scales) > 12
-
-    scales.clear()
     batch = {"images": torch.zeros(1, 12, 12, 3), "boxes": torch.tensor([[0.0, 0, 12, 12, 0]]), "share": 1}
-    for step in range(500):
-        nepa_deep.compute_loss(vit(num_layers=1), batch | {"step": step}, None, parsed("nepa_deep", "--device cpu"))
+    for step in range(1000):  # two micro-batches each
+        nepa_deep.compute_loss(model, batch | {"step": step // 2}, None, args)
+    assert scales[::2] == scales[1::2]
     quarters, _ = np.histogram(np.log2(scales), bins=4, range=(-1, 1))
-    assert quarters.sum() == 500 and quarters.min() > 90  # from 1/2 to 2, uniform in the logarithm
+    assert quarters.sum() == 1000 and quarters.min() > 180  # from 1/2 to 2, uniform in the logarithm
 
 
 # ==== nepa_deep.py: data =============================================================================================
@@ -1526,35 +1489,37 @@ def test_the_built_in_textures():
     assert ((images == 0) | (images == 255)).mean() < 0.05
     assert not np.array_equal(nepa_deep.make_world(1)[0]["images"], images)
     # A label means an orientation and a period: most of the spectrum lies near that wave.
-    y, x = np.meshgrid(np.fft.fftfreq(32), np.fft.fftfreq(32), indexing="ij")
+    wave = np.fft.fftfreq(32)[:, None] * 1j + np.fft.fftfreq(32)
     for label in range(10):
-        waves = np.fft.fft2(nepa_deep.textures(np.random.default_rng(0), np.full(100, label)))
-        power = np.abs(waves).mean(0) ** 2 / (np.abs(waves).mean(0) ** 2).sum()
-        assert (3.5, 6)[label // 5] < 1 / (np.hypot(y, x) * power).sum() < (7, 12)[label // 5]
-        off = np.abs((np.rad2deg(np.arctan2(y, x)) - 45 * (label % 5) + 90) % 180 - 90)
-        assert power[off < 30].sum() > 0.6 or label % 5 == 4
+        textures = nepa_deep.textures(np.random.default_rng(0), np.full(100, label))
+        power = np.abs(np.fft.fft2(textures)).mean(0) ** 2
+        power /= power.sum()
+        assert (3.5, 6)[label // 5] < 1 / (abs(wave) * power).sum() < (7, 12)[label // 5]
+        near = (np.angle(wave, deg=True) - 45 * (label % 5) + 30) % 180 < 60
+        assert label % 5 == 4 or power[near].sum() > 0.6
 
 
-def cifar_folder(folder, sizes=(12, 8), test=6):
-    """Random CIFAR-10 binary batches; returns images [N, 32, 32, 3] and labels of the training part."""
-    rng, n = np.random.default_rng(0), sum(sizes)
-    planes, labels = rng.integers(256, size=(n + test, 3, 32, 32), dtype=np.uint8), np.arange(n + test) % 10
-    records = b"".join(bytes([label]) + plane.tobytes() for label, plane in zip(labels, planes))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for i, end in enumerate(np.cumsum([*sizes, test])):
-        name, size = ("test_batch", test) if i == len(sizes) else (f"data_batch_{i + 1}", sizes[i])
-        (Path(folder) / f"{name}.bin").write_bytes(records[3073 * (end - size) : 3073 * end])
-    return np.stack([planes[:n, channel] for channel in range(3)], -1), labels[:n]
+def cifar_folder(folder):
+    """Random CIFAR-10 binary batches; returns images [20, 32, 32, 3] and labels of the training part."""
+    records = np.random.default_rng(0).integers(256, size=(26, 3073), dtype=np.uint8)
+    records[:, 0] = np.arange(26) % 10
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in {
+        "data_batch_1": records[:12],
+        "data_batch_2": records[12:20],
+        "test_batch": records[20:],
+    }.items():
+        part.tofile(folder / f"{name}.bin")
+    red, green, blue = (records[:20, 1 + 1024 * i : 1025 + 1024 * i].reshape(20, 32, 32) for i in range(3))
+    return np.stack([red, green, blue], -1), records[:20, 0]
 
 
 @pytest.mark.parametrize("inside", ["", "cifar-10-batches-bin"])
 def test_cifar_binary_batches_are_read_as_images(tmp_path, inside):
     images, labels = cifar_folder(tmp_path / inside)
     train, val = nepa_deep.open_images(tmp_path)
-    index = np.array([19, 0, 12, 11])
-    assert np.array_equal(train["images"][index], images[index])
-    assert np.array_equal(train["labels"], labels) and len(val["images"]) == 6
-    assert run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path} --batch_size 4")[-1]["split"] == "final"
+    assert np.array_equal(train["images"], images) and np.array_equal(train["labels"], labels)
+    assert len(val["images"]) == 6
 
 
 def random_images(n, side=8):
@@ -1570,35 +1535,28 @@ def arrays(folder, images=(20, 8, 8, 3), labels=None, prefix=""):
 
 
 def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path):
-    images, labels = random_images(25)[:, :7], np.arange(25, dtype=np.int16) % 10  # not square: the middle is used
+    images, labels = random_images(1000)[:, :7], np.arange(1000, dtype=np.int16) % 10  # not square: the middle is used
     arrays(tmp_path, images, labels)
     parts = nepa_deep.open_images(tmp_path)
     kept, out = (part["images"].index for part in parts)
-    assert sorted([*kept, *out]) == list(range(25)) and len(out) == 2
+    assert sorted([*kept, *out]) == list(range(1000)) and len(out) == 100
     for part, index in zip(parts, (kept, out)):
         assert isinstance(part["images"].array, np.memmap) and (np.diff(index) > 0).all()
         assert np.array_equal(part["images"][np.arange(len(index))], images[index])
         assert np.array_equal(part["labels"], labels[index])
-    lines = run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path} --patch_size 7")
-    assert lines[-1]["split"] == "final" and load(tmp_path / "run")["config"]["image_size"] == 7
+        assert np.bincount(part["labels"]).min() > 0.02 * len(index)  # though they come in turn
+    run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path} --patch_size 7")
+    assert load(tmp_path / "run")["config"]["image_size"] == 7
     arrays(tmp_path, images[:5], labels[:5], "val_")
-    assert [len(part["images"]) for part in nepa_deep.open_images(tmp_path)] == [25, 5]
-
-
-def test_labels_that_come_in_turn_are_all_held_out_and_all_probed(tmp_path):
-    arrays(tmp_path, (10_000, 4, 4, 3), np.arange(10_000) % 10)
-    data = nepa_deep.make_data(parsed("nepa_deep", f"--device cpu --probe_samples 1000 --data_dir {tmp_path}"))
-    known = data["probed"][0][0]["labels"][np.arange(1000)]
-    for labels, size in ((data["train"]["labels"], 9000), (data["val"]["labels"], 1000), (known, 1000)):
-        assert len(labels) == size and np.bincount(labels).min() > 0.07 * size
+    assert [len(part["images"]) for part in nepa_deep.open_images(tmp_path)] == [1000, 5]
 
 
 def test_grey_images_have_one_channel(tmp_path):
-    grey, lines = random_images(20)[..., 0], []
-    for i, images in enumerate((grey, grey[..., None])):
-        arrays(tmp_path, images, np.arange(20) % 2)
-        lines.append(without_time(run("nepa_deep", tmp_path / str(i), f"--data_dir {tmp_path}")))
-    assert lines[0] == lines[1] and load(tmp_path / "0")["config"]["num_channels"] == 1
+    arrays(tmp_path, random_images(20)[..., 0])
+    train, _ = nepa_deep.open_images(tmp_path)
+    assert np.array_equal(train["images"].array, random_images(20)[..., :1])
+    run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path}")
+    assert load(tmp_path / "run")["config"]["num_channels"] == 1
 
 
 @pytest.mark.parametrize("labels,val_labels", [(None, None), (np.full(40, -1), None), (None, np.zeros(9, int))])
@@ -1615,9 +1573,10 @@ def test_only_labelled_images_are_probed(tmp_path):
     arrays(tmp_path, random_images(40), np.where(np.arange(40) % 3, np.arange(40) % 2, -1))
     data = nepa_deep.make_data(parsed("nepa_deep", f"--device cpu --data_dir {tmp_path}"))
     known, labels = data["probed"][0][0]["labels"], data["train"]["labels"]
-    assert sorted(known[np.arange(len(known))]) == sorted(labels[labels >= 0])
-    (x, y), tested = clusters(30), torch.where(torch.arange(30) % 3 > 0, torch.arange(30) % 4, -1)
-    seen = tested >= 0
+    assert known[np.arange(len(known))].tolist() == labels[labels >= 0].tolist()
+    x, y = clusters(30)
+    seen = y > 0
+    tested = torch.where(seen, y, -1)
     assert nepa_deep.probe([(x, y)], [(x, tested)]) == nepa_deep.probe([(x, y)], [(x[seen], y[seen])])
 
 
@@ -1673,11 +1632,10 @@ def test_bad_images_are_one_line_that_names_the_file(tmp_path, message):
 
 
 def prepared(images, size, box=None):
-    """Images cut as a box says, or to the largest square in the middle."""
-    n, (height, width) = len(images), images.shape[1:3]
-    side = min(height, width)
-    box = box or [(height - side) / 2, (width - side) / 2, side, side, 0]
-    return nepa_deep.prepare({"images": images, "boxes": torch.tensor([box] * n, dtype=torch.float32)}, size)
+    """Images cut as a box says, or as validation does."""
+    batch = nepa_deep.make_data(parsed("nepa_deep", "--device cpu"))["collate"]({"images": images}, {})
+    batch["boxes"] = torch.tensor([box] * len(images)) if box else torch.as_tensor(batch["boxes"])
+    return nepa_deep.prepare(batch, size)
 
 
 def test_resizing_is_torchs_antialiased_one_and_validation_sees_the_middle():
@@ -1685,10 +1643,7 @@ def test_resizing_is_torchs_antialiased_one_and_validation_sees_the_middle():
     for size in (32, 20, 9):
         wanted = F.interpolate(images.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True) / 127.5 - 1
         torch.testing.assert_close(prepared(images, size), wanted, atol=1e-4, rtol=1e-4)
-    wide = F.pad(images, (0, 0, 7, 7))
-    collate = nepa_deep.make_data(parsed("nepa_deep", "--device cpu"))["collate"]
-    batch = {name: torch.as_tensor(value) for name, value in collate({"images": wide}, {}).items()}
-    assert torch.equal(nepa_deep.prepare(batch, 20), prepared(images, 20))
+    assert torch.equal(prepared(F.pad(images, (0, 0, 7, 7)), 20), prepared(images, 20))
 
 
 def test_a_crop_is_the_slow_average_of_its_pixels():
@@ -1697,17 +1652,15 @@ def test_a_crop_is_the_slow_average_of_its_pixels():
     mine, flipped = (prepared(image, 4, [top, left, height, width, flip])[0] for flip in (0, 1))
     assert torch.equal(flipped, mine.flip(2))
     for i, j in itertools.product(range(4), range(4)):
-        total = weight = 0.0
-        for y, x in itertools.product(range(10), range(14)):
-            dy = abs(y + 0.5 - (top + (i + 0.5) * height / 4)) / (height / 4)
-            dx = abs(x + 0.5 - (left + (j + 0.5) * width / 4)) / (width / 4)
-            share = max(0.0, 1 - dy) * max(0.0, 1 - dx)
-            total, weight = total + share * image[0, y, x].double(), weight + share
-        torch.testing.assert_close(mine[:, i, j].double(), total / weight / 127.5 - 1, atol=1e-5, rtol=1e-5)
+        dy = abs(np.arange(10) + 0.5 - (top + (i + 0.5) * height / 4)) / (height / 4)
+        dx = abs(np.arange(14) + 0.5 - (left + (j + 0.5) * width / 4)) / (width / 4)
+        weights = np.outer(1 - dy, 1 - dx) * np.outer(dy < 1, dx < 1)
+        average = np.einsum("yx,yxc->c", weights / weights.sum(), image[0])
+        assert mine[:, i, j].numpy() == pytest.approx(average / 127.5 - 1, abs=1e-5)
 
 
 def test_crop_boxes_follow_the_position_and_the_flags():
-    args = parsed("nepa_deep", "--crop_scale 0.5 --flip_prob 0.3")
+    args, few = parsed("nepa_deep", "--crop_scale 0.5 --flip_prob 0.3"), np.array([7, 3])
     boxes = nepa_deep.crop_boxes(np.arange(20_000), 40, 60, args)
     top, left, height, width, flip = boxes.T
     assert boxes.dtype == np.float32 and min(top.min(), left.min()) >= 0
@@ -1717,85 +1670,58 @@ def test_crop_boxes_follow_the_position_and_the_flags():
     assert [ratio.min(), ratio.max(), flip.mean()] == pytest.approx([3 / 4, 4 / 3, 0.3], abs=0.02)
     related = np.corrcoef(np.stack([top / (40.01 - height), left / (60.01 - width), flip]))
     assert related[0, 1:] == pytest.approx(0, abs=0.03)
-    again = nepa_deep.crop_boxes(np.array([7, 3]), 40, 60, args)
+    assert np.array_equal(nepa_deep.crop_boxes(few, 40, 60, args), boxes[few])
     args.seed = 1
-    assert np.array_equal(again, boxes[[7, 3]])
-    assert not np.array_equal(nepa_deep.crop_boxes(np.array([7, 3]), 40, 60, args), again)
+    assert not np.array_equal(nepa_deep.crop_boxes(few, 40, 60, args), boxes[few])
     args.crop_scale = 1.0  # no crop at all
-    assert nepa_deep.crop_boxes(np.arange(9), 40, 60, args)[:, :4] == pytest.approx(np.array([[0, 0, 40, 60]] * 9))
+    assert (nepa_deep.crop_boxes(few, 40, 60, args)[:, :4] == [0, 0, 40, 60]).all()
 
 
 # ==== nepa_deep.py: the download =====================================================================================
 
 
-class Archive(http.server.BaseHTTPRequestHandler):
-    """Serves what the server's `contents` are, up to byte `sent` of them."""
-
-    def do_GET(self):
-        self.server.asked += 1
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.contents)))
-        self.end_headers()
-        self.wfile.write(self.server.contents[: self.server.sent])
-
-    def log_message(self, *_):
-        pass
+def archive(tmp_path, name="cifar-10-batches-bin"):
+    """A gzipped tar of CIFAR-10-like files in a folder of this name: its path and md5."""
+    path = tmp_path / "cifar.tar.gz"
+    cifar_folder(tmp_path / "made")
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(tmp_path / "made", name)
+    return path, hashlib.md5(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A server on the loopback that has a gzipped tar of CIFAR-10-like files; pack(name): in a folder of this name."""
-
-    def pack(name):
-        packed = io.BytesIO()
-        cifar_folder(tmp_path / "made")
-        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-            tar.add(tmp_path / "made", name)
-        server.contents, server.md5 = packed.getvalue(), hashlib.md5(packed.getvalue()).hexdigest()
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Archive) as server:
-        server.asked, server.sent, server.pack = 0, None, pack
-        server.url = f"http://127.0.0.1:{server.server_port}/cifar.tar.gz"
-        pack("cifar-10-batches-bin")
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def test_download_is_a_flag_that_fetches_what_is_not_there(tmp_path, monkeypatch, server):
-    flags = f"--data_dir {tmp_path / 'data'} --download --batch_size 4"
-    monkeypatch.setattr(nepa_deep, "CIFAR_URL", server.url)
-    monkeypatch.setattr(nepa_deep, "CIFAR_MD5", server.md5)
+def test_download_is_a_flag_that_fetches_what_is_not_there(tmp_path, monkeypatch):
+    (path, md5), flags = archive(tmp_path), f"--data_dir {tmp_path / 'data'} --download --batch_size 4"
+    monkeypatch.setattr(nepa_deep, "CIFAR_URL", path.as_uri())
+    monkeypatch.setattr(nepa_deep, "CIFAR_MD5", md5)
     assert run("nepa_deep", tmp_path / "run", flags)[-1]["split"] == "final"
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-bin"]
+    monkeypatch.setattr(nepa_deep, "CIFAR_URL", "http://127.0.0.1:9/nobody.tar.gz")  # from here on it fetches nothing
     run("nepa_deep", tmp_path / "run", "--resume --max_train_steps 7", tiny=False)
     run("nepa_deep", tmp_path / "again", flags)
-    assert server.asked == 1
-    monkeypatch.setattr(nepa_deep, "CIFAR_URL", "http://127.0.0.1:9/nobody.tar.gz")
     with pytest.raises(SystemExit, match="^error: http://127.0.0.1:9/nobody.tar.gz: [^\n]*$"):
         run("nepa_deep", tmp_path / "dead", f"--data_dir {tmp_path / 'other'} --download")
 
 
-def test_a_broken_or_wrong_download_leaves_nothing_and_starts_anew(tmp_path, server):
-    folder, server.sent = tmp_path / "data", len(server.contents) // 2
-    with pytest.raises(DataError, match=rf"{server.sent} bytes with md5 .*, expected md5 {server.md5}"):
-        nepa_deep.download(server.url, server.md5, folder)
-    server.sent = None
-    with pytest.raises(DataError, match=f"{len(server.contents)} bytes with md5 {server.md5}, expected md5 123"):
-        nepa_deep.download(server.url, "123", folder)
+def test_a_broken_download_leaves_nothing_and_starts_anew(tmp_path):
+    (path, md5), folder = archive(tmp_path), tmp_path / "data"
+    contents = path.read_bytes()
+    path.write_bytes(contents[:1000])
+    with pytest.raises(DataError, match=f"cifar.tar.gz: 1000 bytes with md5 .*, expected md5 {md5}"):
+        nepa_deep.download(path.as_uri(), md5, folder)
     assert not list(folder.iterdir())
-    nepa_deep.download(server.url, server.md5, folder)
+    path.write_bytes(contents)
+    nepa_deep.download(path.as_uri(), md5, folder)
     assert [len(part["images"]) for part in nepa_deep.open_images(folder)] == [20, 6]
 
 
-def test_unpacking_replaces_nothing_and_writes_nothing_outside(tmp_path, server):
-    mine = tmp_path / "data" / "cifar-10-batches-bin" / "data_batch_1.bin"
+def test_unpacking_replaces_nothing_and_writes_nothing_outside(tmp_path):
+    (path, md5), mine = archive(tmp_path), tmp_path / "data" / "cifar-10-batches-bin" / "data_batch_1.bin"
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    nepa_deep.download(server.url, server.md5, tmp_path / "data")
-    server.pack("inside/../../../outside")
+    nepa_deep.download(path.as_uri(), md5, tmp_path / "data")
+    path, md5 = archive(tmp_path, "inside/../../../outside")
     with pytest.raises(tarfile.OutsideDestinationError):
-        nepa_deep.download(server.url, server.md5, tmp_path / "data")
+        nepa_deep.download(path.as_uri(), md5, tmp_path / "data")
     assert mine.read_bytes() == b"mine" and list((tmp_path / "data").iterdir()) == [mine.parent]
     assert not list(tmp_path.rglob("outside*"))
 
@@ -1812,18 +1738,17 @@ def clusters(n, seed=0, noise=0):
 
 
 @pytest.mark.parametrize("noise", [0, 60])  # 60: more numbers than samples
-def test_the_ridge_probe_is_least_squares_with_the_penalty_that_predicts_left_out_samples_best(noise):
+def test_the_ridge_probe_has_the_penalty_that_predicts_left_out_samples_best(noise):
     (x, y), (test_x, test_y) = clusters(50, noise=noise), clusters(80, seed=1, noise=noise)
     found = nepa_deep.probe([(x[:30], y[:30]), (x[30:], y[30:])], [(test_x, test_y)])["probe_acc"]
     x, y, test_x = x.double().numpy(), y.numpy(), test_x.double().numpy()
     largest = np.linalg.norm(x - x.mean(0), 2) ** 2  # eigenvalue of the Gram matrix
 
     def predictions(rows, v, penalty):
-        """Classes of v as the fit to these rows of x predicts them: least squares with a row more for each number."""
-        D, mean, targets = x.shape[1], x[rows].mean(0), np.eye(4)[y[rows]]
-        more = np.concatenate([x[rows] - mean, np.sqrt(penalty * largest) * np.eye(D)])
-        weights = np.linalg.lstsq(more, np.concatenate([targets - targets.mean(0), np.zeros((D, 4))]), rcond=None)[0]
-        return ((v - mean) @ weights + targets.mean(0)).argmax(1)
+        """The classes of v according to the fit to these rows of x."""
+        a, targets = x[rows] - x[rows].mean(0), np.eye(4)[y[rows]]
+        weights = np.linalg.solve(a.T @ a + penalty * largest * np.eye(x.shape[1]), a.T @ targets)
+        return ((v - x[rows].mean(0)) @ weights + targets.mean(0)).argmax(1)
 
     right, each = {}, range(50)
     for penalty in 10.0 ** np.arange(1, -7, -1):
@@ -1836,11 +1761,11 @@ def test_the_ridge_probe_is_least_squares_with_the_penalty_that_predicts_left_ou
 def test_knn_votes_by_the_cosine_of_whitened_features():
     (x, y), (test_x, test_y) = clusters(300), clusters(80, seed=1)
     found = nepa_deep.probe([(x, y)], [(test_x, test_y)])["knn_acc"]
-    mean = x.double().mean(0).numpy()
-    _, values, axes = np.linalg.svd(x.double().numpy() - mean, full_matrices=False)
-    near, far = ((v.double().numpy() - mean) @ axes.T / values for v in (x, test_x))
-    cosines = far @ near.T / np.linalg.norm(near, axis=1)
-    votes = [np.bincount(y[row]).argmax() for row in np.argsort(-cosines)[:, :20]]
+    near, far = (v.double().numpy() - x.double().mean(0).numpy() for v in (x, test_x))
+    _, values, axes = np.linalg.svd(near, full_matrices=False)
+    near, far = near @ axes.T / values, far @ axes.T / values
+    nearest = np.argsort(-far @ near.T / np.linalg.norm(near, axis=1))[:, :20]
+    votes = [np.bincount(y[row]).argmax() for row in nearest]
     assert found == pytest.approx(np.mean(votes == test_y.numpy())) and found > 0.7
     # Directions without variance add no noise.
     near, far = (torch.cat([v, 1e-9 * torch.randn(len(v), 40)], 1) for v in (x, test_x))
@@ -1863,8 +1788,6 @@ def test_collapse_metrics_are_their_definitions():
     p = p / p.sum()
     right = {"embed_cos": np.mean(cosines), "effective_rank": np.exp(-(p * np.log(p)).sum())}
     assert found == pytest.approx(right | {"constant_loss": -units.mean(0).norm().item()}, rel=1e-5)
-    others = F.normalize(torch.randn(1000, 6, dtype=torch.float64), dim=1)
-    assert (-(others @ units.mean(0)) >= found["constant_loss"]).all()
     one = torch.randn(512).expand(4, 65, 512) + 1e-6 * torch.randn(4, 65, 512)  # one direction, in many dimensions
     collapsed = nepa_deep.collapse(nepa_deep.second_moment(one))
     assert [collapsed["effective_rank"], collapsed["embed_cos"]] == pytest.approx([1, 1], abs=0.01)
@@ -1877,20 +1800,15 @@ def test_weights_ruined_by_the_last_update_stop_the_run_in_one_line(tmp_path):
 
 
 def test_evaluation_draws_nothing_and_reads_the_asked_layer(tmp_path, monkeypatch):
-    def never(seed):
-        raise AssertionError("the generators of the training are seeded anew")
-
     args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON} --out_dir {tmp_path}")
     data = nepa_deep.make_data(args)
     torch.manual_seed(0)
-    model = nepa_deep.Model(data["config"]).eval()
-    before = torch.get_rng_state()
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", never)
+    model, before = nepa_deep.Model(data["config"]), torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # nor are the GPU's generators seeded anew
     first = nepa_deep.evaluate(model, data, args)
     data["baselines"]()
-    assert torch.equal(before, torch.get_rng_state())
-    assert first == nepa_deep.evaluate(model, data, args)
-    output = model(prepared(torch.as_tensor(data["val"]["images"][:8]), 32))
+    assert torch.equal(before, torch.get_rng_state()) and first == nepa_deep.evaluate(model, data, args)
+    output = model(pictures(8, 32, 32))
     for layer, state in {None: output.prediction, 0: output.embedding, 2: output.hidden_states[1]}.items():
         args.probe_layer = layer
         torch.testing.assert_close(nepa_deep.features(output, args), torch.stack(list(state[:, 1:].unbind(1))).mean(0))
@@ -1913,15 +1831,6 @@ def test_the_probes_see_uncut_training_images_in_file_order(tmp_path, monkeypatc
         assert same(nepa_deep.in_file_order(dealt[0]), seen)
     args.seed = 1
     assert np.array_equal(nepa_deep.make_data(args)["probed"][0][0]["images"].index, index)
-
-
-def test_a_short_run_already_learns_textures(tmp_path):
-    flags = "--device cpu --hidden_size 32 --num_layers 2 --num_heads 2 --batch_size 32 --max_train_steps 60"
-    flags += " --eval_interval 60 --probe_samples 1000 --eval_samples 500 --warmup_steps 5 --lr 3e-3 --patch_size 8"
-    lines = run("nepa_deep", tmp_path, flags, tiny=False)
-    last = lines[-1]
-    assert last["loss_final"] < lines[0]["loss_final"] - 0.2
-    assert last["loss_final"] < min(last["copy_loss"], last["constant_loss"])
 
 
 # ==== jepa_lm.py: the model ==========================================================================================
