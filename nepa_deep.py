@@ -513,7 +513,8 @@ def make_data(args, config=None):
     probes learn from and are tested on, with limits. config: the checkpoint's. Raises DataError for unfit images.
     """
     if args.download:
-        if rank() == 0 and not any(Path(args.data_dir).glob("**/data_batch_*.bin")):
+        there = {path.suffix for path in Path(args.data_dir).glob("**/*")}
+        if rank() == 0 and not there & {".bin", ".npy"}:
             download(CIFAR_URL, CIFAR_MD5, Path(args.data_dir))
         all_reduce(torch.zeros(1))  # the others wait
     train, val = open_images(args.data_dir) if args.data_dir else make_world(args.seed)
@@ -651,7 +652,7 @@ def probe(known, tested):
 
     Test images without a label (-1) do not count. Without any labels there is no accuracy: {}.
     """
-    if not known:
+    if not known:  # no training image is labelled
         return {}
     (x, y), (test_x, test_y) = ([torch.cat(parts) for parts in zip(*pairs)] for pairs in (known, tested))
     labelled, mean = test_y >= 0, x.double().mean(0)

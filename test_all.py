@@ -1698,6 +1698,8 @@ def test_download_is_a_flag_that_fetches_what_is_not_there(tmp_path, monkeypatch
     monkeypatch.setattr(nepa_deep, "CIFAR_URL", "http://127.0.0.1:9/nobody.tar.gz")  # from here on it fetches nothing
     run("nepa_deep", tmp_path / "run", "--resume --max_train_steps 7", tiny=False)
     run("nepa_deep", tmp_path / "again", flags)
+    arrays(tmp_path / "own")
+    run("nepa_deep", tmp_path / "third", f"--data_dir {tmp_path / 'own'} --download")
     with pytest.raises(SystemExit, match="^error: http://127.0.0.1:9/nobody.tar.gz: [^\n]*$"):
         run("nepa_deep", tmp_path / "dead", f"--data_dir {tmp_path / 'other'} --download")
 
