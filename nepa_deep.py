@@ -13,14 +13,15 @@ what converges faster is also better: both are judged by a probe and by kNN on t
 
 Without --data_dir it learns a built-in world of textures. The first command's last lines, seed 0:
 
-  Step 400/400, Val Loss: -0.6450 | Final: -0.6450 | Intermediate: -0.4783 | kNN: 0.6630 | Probe: 0.5325
+  Step 400/400, Val Loss: -0.6479 | Final: -0.6479 | Intermediate: -0.4811 | kNN: 0.6785 | Probe: 0.5650
   frozen features                      kNN   probe
-  this model                        0.6630  0.5325
-  untrained network                 0.4405  0.2515
-  raw pixels                        0.3290  0.2060
+  this model                        0.6785  0.5650
+  untrained network                 0.4730  0.2590
+  raw pixels                        0.2355  0.2010
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -31,14 +32,17 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
+import shutil
 import signal
 import sys
 import tarfile
 import tempfile
+import textwrap
+import threading
 import time
 import traceback
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -51,14 +55,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import Concat, DataError, Loader, fixed_batches, make_batch, mix, permuted, size_of
+try:
+    from data import DataError, Loader, Subset, fixed_batches, hash64, make_batch, permutation, size_of
+except ImportError as error:
+    sys.exit(f"error: {error}; expected data.py beside this script and no other `data` before it on the path")
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Config:
-    """What defines the model; the defaults are the published Base model's."""
+    """What defines the model; the defaults are the published Base model's. Raises DataError for sizes that misfit."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -77,11 +84,11 @@ class Config:
 
     def __post_init__(self):
         self.mlp_hidden = self.mlp_hidden or 4 * self.hidden_size
-        if self.hidden_size % (4 * self.num_heads):
-            needed = f"a multiple of 4 * num_heads = {4 * self.num_heads} (RoPE turns two coordinates in pairs)"
-            raise ValueError(f"hidden_size {self.hidden_size}, expected {needed}")
+        if self.hidden_size % (4 * self.num_heads):  # RoPE turns pairs, half of them by the row, half by the column
+            expected = f"a multiple of 4 * num_heads = {4 * self.num_heads}"
+            raise DataError(f"hidden_size {self.hidden_size}, expected {expected}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size}, expected a multiple of patch_size {self.patch_size}")
+            raise DataError(f"image_size {self.image_size}, expected a multiple of patch_size {self.patch_size}")
 
 
 class Output(NamedTuple):
@@ -93,22 +100,21 @@ class Output(NamedTuple):
 
 
 def rotary(rows, columns, d, theta, scale, device):
-    """RoPE angles of CLS and rows x columns patches as cos, signed sin [T, 1, 1, d], float32; CLS is not turned.
+    """Cosines and sines [T, 1, d/2], float32, of the RoPE angles of CLS and rows x columns patches; CLS is not turned.
 
     Patch centres lie in [-1, 1], times scale; the first d/4 angles come from y, the others from x.
     """
     y, x = (scale * ((2 * torch.arange(n, device=device) + 1) / n - 1) for n in (rows, columns))
     frequencies = 2 * math.pi * theta ** (-4 * torch.arange(d // 4, device=device) / d)
-    y, x = y[:, None, None] * frequencies, x[:, None] * frequencies
-    angles = torch.cat([y.expand(-1, columns, -1), x.expand(rows, -1, -1)], dim=-1).flatten(0, 1)
-    angles = F.pad(angles, (0, 0, 1, 0))[:, None, None]
-    return torch.cat([angles, angles], dim=-1).cos(), torch.cat([-angles, angles], dim=-1).sin()
+    angles = torch.cartesian_prod(y, x)[:, :, None] * frequencies  # [N, 2, d/4]
+    angles = F.pad(angles.flatten(1), (0, 0, 1, 0))[:, None]  # [T, 1, d/2]
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Half-split rotation of x [B, T, 2, heads, d], in float32: [x1 cos - x2 sin, x2 cos + x1 sin], signs in sin."""
-    x32 = x.float()
-    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    """Half-split rotation of x [B, T, heads, d], computed in and returned as float32."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
 class Block(nn.Module):
@@ -117,11 +123,14 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         D, d = c.hidden_size, c.hidden_size // c.num_heads
-        self.num_heads, self.gated, self.qk_norm, self.eps = c.num_heads, c.gated_mlp, c.qk_norm, c.norm_eps
+
+        def head_norm():
+            return nn.LayerNorm(d, c.norm_eps, c.qk_norm_affine) if c.qk_norm else nn.Identity()
+
+        self.num_heads, self.gated = c.num_heads, c.gated_mlp
         self.norm1, self.norm2 = nn.LayerNorm(D, c.norm_eps), nn.LayerNorm(D, c.norm_eps)
         self.qkv = nn.Linear(D, 3 * D)
-        affine = c.qk_norm and c.qk_norm_affine
-        self.q_norm, self.k_norm = (nn.LayerNorm(d, c.norm_eps) if affine else None for _ in range(2))
+        self.q_norm, self.k_norm = head_norm(), head_norm()
         self.o = nn.Linear(D, D)
         self.up = nn.Linear(D, c.mlp_hidden * (2 if c.gated_mlp else 1))  # gate and up in one
         self.down = nn.Linear(c.mlp_hidden, D)
@@ -129,16 +138,13 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin):
         B, T, D = h.shape
-        qk, v = self.qkv(self.norm1(h)).split([2 * D, D], dim=-1)
-        qk, v = qk.view(B, T, 2, self.num_heads, -1), v.view(B, T, self.num_heads, -1)
-        if self.q_norm:
-            qk = torch.stack([self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])], dim=2)
-        elif self.qk_norm:
-            qk = F.layer_norm(qk, qk.shape[-1:], eps=self.eps)
-        q, k = rotate(qk, cos, sin).to(v.dtype).permute(2, 0, 3, 1, 4)  # [B, heads, T, d] each
-        attended = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
-        h = h + self.scale1 * self.o(attended.transpose(1, 2).reshape(B, T, D))
-        up = self.up(self.norm2(h))
+        q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.num_heads, -1).unbind(2)  # [B, T, heads, d] each
+        q, k = rotate(self.q_norm(q), cos, sin).to(v.dtype), rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # [B, heads, T, d]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = attended.transpose(1, 2).reshape(B, T, D)  # the heads' parts side by side
+        h = h + self.scale1 * self.o(attended)
+        up = self.up(self.norm2(h))  # [B, T, mlp_hidden], twice as wide when gated
         if self.gated:
             gate, up = up.chunk(2, dim=-1)
             up = F.silu(gate) * up
@@ -173,14 +179,12 @@ class Model(nn.Module):
         patches = patches + blank.clamp(min=0) * self.cls_token
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
-    def forward(self, images, rope_scale=None):
+    def forward(self, images, rope_scale=1.0):
         """images: [B, C, H, W] float, H and W multiples of patch_size. rope_scale: factor of the coordinates, a float
-        or 0-dimensional tensor (None: drawn in training, 1 otherwise). Returns an Output.
+        or a 0-dimensional tensor on the images' device; drawn anew for every update in training. Returns an Output.
         """
         c = self.config
         rows, columns = (side // c.patch_size for side in images.shape[2:])
-        if rope_scale is None:
-            rope_scale = c.rope_rescale ** (2 * torch.rand((), device=images.device) - 1) if self.training else 1.0
         cos, sin = rotary(rows, columns, c.hidden_size // c.num_heads, c.rope_theta, rope_scale, images.device)
         embedding = h = self.embed(images)
         hidden_states = []
@@ -196,53 +200,40 @@ class Model(nn.Module):
 
 # ---- published weights ----------------------------------------------------------------------------------------------
 
-
-def official_names(config):
-    """Our names of the weights -> the published ones, whose tensors stand one below the other in ours."""
-    names = {"cls_token": ["embeddings.cls_token"]}
-    for kind in ("weight", "bias"):
-        names[f"patch.{kind}"] = [f"embeddings.patch_embeddings.projection.{kind}"]
-        names[f"norm.{kind}"] = [f"layernorm.{kind}"]
-    for i in range(config.num_layers):
-        ours, theirs = f"layers.{i}", f"encoder.layer.{i}"
-        names[f"{ours}.scale1"] = [f"{theirs}.layer_scale.lambda1"]
-        names[f"{ours}.scale2"] = [f"{theirs}.output.layer_scale.lambda1"]
-        up = ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]
-        for kind in ("weight", "bias"):
-            attention = f"{theirs}.attention.attention"
-            names[f"{ours}.qkv.{kind}"] = [f"{attention}.{part}.{kind}" for part in ("query", "key", "value")]
-            if config.qk_norm and config.qk_norm_affine:
-                names |= {f"{ours}.{part}_norm.{kind}": [f"{attention}.{part}_norm.{kind}"] for part in "qk"}
-            names[f"{ours}.o.{kind}"] = [f"{theirs}.attention.output.dense.{kind}"]
-            names[f"{ours}.up.{kind}"] = [f"{theirs}.intermediate.{part}.{kind}" for part in up]
-            names[f"{ours}.down.{kind}"] = [f"{theirs}.output.dense.{kind}"]
-            names[f"{ours}.norm1.{kind}"] = [f"{theirs}.layernorm_before.{kind}"]
-            names[f"{ours}.norm2.{kind}"] = [f"{theirs}.layernorm_after.{kind}"]
-    return names
+PUBLISHED = {  # patterns of published names -> ours, applied in this order
+    r"^vit_nepa\.": "",
+    r"^embeddings\.(patch_embeddings\.projection|cls_token)": r"\1",
+    r"^patch_embeddings\.projection": "patch",
+    r"^layernorm\.": "norm.",
+    r"^encoder\.layer\.": "layers.",
+    r"attention\.attention\.(query|key|value)\.": "qkv.",  # these three stand one below the other in ours
+    r"attention\.attention\.": "",  # q_norm, k_norm
+    r"attention\.output\.dense": "o",
+    r"intermediate\.(gate|up)_proj": "up",  # and so do these two
+    r"output\.dense": "down",
+    r"layernorm_before": "norm1",
+    r"layernorm_after": "norm2",
+    r"output\.layer_scale\.lambda1": "scale2",
+    r"layer_scale\.lambda1": "scale1",
+}
 
 
-def load_official(model, weights):
-    """Copy published NEPA weights (dict of arrays by their names, with or without `vit_nepa.`) into model, in place.
+def to_our_names(weights):
+    """Weights (dict of tensors or arrays) by published NEPA names, with or without `vit_nepa.`, by ours.
 
-    A norm of queries and keys may lack its bias; a pooler is left out, as nothing here reads it. Raises ValueError for
-    a missing, unknown or misshapen name.
+    What belongs to a classifier built on the model is left out, and said. Our own names pass through; what fits neither
+    stays as it is, for load_state to name.
     """
-    weights = {name.removeprefix("vit_nepa."): torch.as_tensor(value) for name, value in weights.items()}
-    weights = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
-    names, state = official_names(model.config), model.state_dict()
-    for ours, parts in names.items():
-        if missing := [name for name in parts if name not in weights]:
-            if ours.endswith(("q_norm.bias", "k_norm.bias")):
-                continue
-            raise ValueError(f"no weight {missing[0]}, expected one of shape {list(state[ours].shape)}")
-        expected = [len(state[ours]) // len(parts), *state[ours].shape[1:]]
-        for name in parts:
-            if list(weights[name].shape) != expected:
-                raise ValueError(f"{name} is {list(weights[name].shape)}, expected {expected}")
-        state[ours] = torch.cat([weights.pop(name) for name in parts])
-    if weights:
-        raise ValueError(f"unknown weight {min(weights)}, expected the names of a model of this config")
-    model.load_state_dict(state)
+    found, heads = {}, [name for name in weights if re.match(r"(vit_nepa\.)?(classifier|pooler)\.", name)]
+    if heads:
+        say(f"left out: {', '.join(heads)}")
+    # In alphabetical order gate comes before up, and key before value; query has to come before both.
+    for name in sorted(weights.keys() - heads, key=lambda name: name.replace("query", "")):
+        ours = name
+        for pattern, replacement in PUBLISHED.items():
+            ours = re.sub(pattern, replacement, ours)
+        found.setdefault(ours, []).append(torch.as_tensor(weights[name]))
+    return {name: torch.stack(parts).flatten(0, 1) if len(parts) > 1 else parts[0] for name, parts in found.items()}
 
 
 def from_official(config, weights):
@@ -250,39 +241,20 @@ def from_official(config, weights):
 
     config: dict in its names (hidden_size, num_hidden_layers, intermediate_size, use_gated_mlp, ...); what only matters
     in training and has no counterpart here (dropout, drop path, jitter of positions) is passed over. weights: see
-    load_official. Raises ValueError for a model that is not offered and for weights that do not fit.
+    to_our_names. Raises ValueError for a model that is not offered and for weights that do not fit.
     """
     gated = config.get("use_gated_mlp", False)
-    expected = {"is_causal": True, "qkv_bias": True, "hidden_act": "silu" if gated else "gelu"}
-    for name, value in expected.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{name} {config[name]!r}, expected {value!r}")
+    for name, expected in {"is_causal": True, "qkv_bias": True, "hidden_act": "silu" if gated else "gelu"}.items():
+        if config.get(name, expected) != expected:
+            raise ValueError(f"{name} {config[name]!r}, expected {expected!r}")
     names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "mlp_hidden": "intermediate_size"}
     names |= {"gated_mlp": "use_gated_mlp", "norm_eps": "layer_norm_eps"}
-    fields = {field.name: names.get(field.name, field.name) for field in dataclasses.fields(Config)}
-    known = {ours: config[theirs] for ours, theirs in fields.items() if theirs in config}
+    theirs = {name: names.get(name, name) for name in Config.__dataclass_fields__}
+    known = {name: config[theirs[name]] for name in theirs if theirs[name] in config}
+    # Theirs stretches no positions unless it is told to; ours does.
     model = Model(Config(**known, rope_rescale=config.get("pos_embed_rescale") or 1.0))
-    load_official(model, weights)
+    load_state(model, to_our_names(weights))
     return model
-
-
-def read_weights(path):
-    """Dict of tensors by name, from a torch state dict or an .npz (where some names begin with w:, those alone)."""
-    try:
-        if Path(path).suffix == ".npz":
-            with np.load(path) as file:
-                marked = [name for name in file.files if name.startswith("w:")]
-                return {name.removeprefix("w:"): torch.from_numpy(file[name]) for name in marked or file.files}
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling and zip errors come in many types
-        expected = "an .npz or a state dict saved by torch.save"
-        raise DataError(f"{path}: cannot be read ({first_line(error)}), expected {expected}") from None
-    if not isinstance(weights, dict):
-        raise DataError(f"{path}: holds {type(weights).__name__}, expected a state dict")
-    for name, value in weights.items():
-        if not isinstance(name, str) or not torch.is_tensor(value):
-            raise DataError(f"{path}: {name!r} is {type(value).__name__}, expected tensors by name")
-    return weights
 
 
 # ---- the loss: the part people copy ---------------------------------------------------------------------------------
@@ -318,11 +290,26 @@ def intermediate_loss(embedding, hidden_states, prediction, weight=1.0):
     return total, loss_final, [value.detach() for value in losses]
 
 
+def losses(output, args, every_layer):
+    """The loss of an Output and, by the metrics' names, its parts, detached.
+
+    every_layer: whether to compute the losses of layers 1 .. L-1; they count with --use_intermediate_loss only.
+    """
+    states = output.hidden_states if every_layer else []
+    weight = args.intermediate_loss_weight if args.use_intermediate_loss else 0.0
+    loss, loss_final, layers = intermediate_loss(output.embedding, states, output.prediction, weight)
+    parts = {"loss": loss.detach(), "loss_final": loss_final.detach()}
+    if layers:
+        parts["loss_intermediate"] = sum(layers) / len(layers)
+    return loss, parts | {f"loss_layer_{i}": value for i, value in enumerate(layers, start=1)}
+
+
 # ---- data: the built-in world, CIFAR-10, and arrays of images -------------------------------------------------------
 
 SIDE = 32  # pixels of the built-in world's and of CIFAR-10's images
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+FIXED = 2**32  # a seed that --seed cannot be: what is drawn with it is the same in every run
 
 
 def textures(rng, labels):
@@ -331,29 +318,42 @@ def textures(rng, labels):
     labels: int [N] from 0 to 9; label % 5 is the orientation (0, 45, 90, 135 degrees, or none), label // 5 the period:
     fine, 5 to 6.5 pixels, or coarse, 1.8 times that.
     """
-    n, kind = len(labels), (labels % 5)[:, None, None]
-    period = rng.uniform(5, 6.5, n) * np.where(labels < 5, 1, 1.8)
-    frequency = (1 / period).astype(np.float32)[:, None, None]
-    angle = kind * np.float32(np.pi / 4) + rng.uniform(-0.12, 0.12, (n, 1, 1)).astype(np.float32)
-    y0, x0 = frequency * np.sin(angle), frequency * np.cos(angle)
-    y, x = np.fft.fftfreq(2 * SIDE)[:, None].astype(np.float32), np.fft.rfftfreq(2 * SIDE).astype(np.float32)
-    wave = np.minimum((y - y0) ** 2 + (x - x0) ** 2, (y + y0) ** 2 + (x + x0) ** 2)
-    distance = np.where(kind == 4, (np.hypot(y, x) - frequency) ** 2, wave)  # squared, to the frequencies that are kept
+    labels = labels[:, None, None]
+    frequency = np.float32(1 / (rng.uniform(5, 6.5, labels.shape) * np.where(labels < 5, 1, 1.8)))
+    angle = np.float32(np.pi / 4 * (labels % 5) + rng.uniform(-0.12, 0.12, labels.shape))
+    # The spectrum of an area four times as large: its texture would repeat itself, what is cut from it does not.
+    y, x = np.float32(np.fft.fftfreq(2 * SIDE))[:, None], np.float32(np.fft.rfftfreq(2 * SIDE))
+    along, across = abs(y * np.sin(angle) + x * np.cos(angle)), y * np.cos(angle) - x * np.sin(angle)
+    wave, ring = (along - frequency) ** 2 + across**2, (np.hypot(y, x) - frequency) ** 2
+    distance = np.where(labels % 5 == 4, ring, wave)  # squared, to the frequencies that are kept
     noise = rng.standard_normal((2, *distance.shape), dtype=np.float32)
-    spectrum = (noise[0] + 1j * noise[1]) * np.exp(-distance / (2 * 0.05**2))
+    spectrum = (noise[0] + 1j * noise[1]) * np.exp(-distance / (2 * 0.05**2))  # [N, 64, 33]
     texture = np.fft.irfft2(spectrum, axes=(1, 2))[:, :SIDE, :SIDE]
-    return np.tanh(1.2 * texture / texture.std(axis=(1, 2), keepdims=True)).astype(np.float32)
+    return np.float32(np.tanh(1.2 * texture / texture.std(axis=(1, 2), keepdims=True)))
 
 
-def distractors(rng, n):
-    """bool [n, 32, 32]: a disc, square, triangle or ring at a random place, of random size and turn."""
-    radius, turn = rng.uniform(3, 7, (n, 1, 1)), rng.uniform(0, 2 * np.pi, (n, 1, 1))
-    cy, cx = rng.uniform(0, SIDE, (2, n, 1, 1))
-    y, x = np.arange(SIDE)[:, None] + 0.5 - cy, np.arange(SIDE) + 0.5 - cx
-    y, x, distance = y * np.cos(turn) + x * np.sin(turn), x * np.cos(turn) - y * np.sin(turn), np.hypot(y, x)
-    triangle = np.maximum(-y, np.maximum(y + 3**0.5 * x, y - 3**0.5 * x) / 2) < radius / 2
-    shapes = [distance < radius, np.maximum(abs(y), abs(x)) < 0.8 * radius, triangle, abs(distance - radius) < 1.2]
-    return np.choose(rng.integers(4, size=(n, 1, 1)), shapes)
+def discs(rng, n):
+    """bool [n, 32, 32]: a disc of random place and size."""
+    cy, cx, radius = rng.uniform([[0], [0], [3]], [[SIDE], [SIDE], [7]], (3, n))[..., None, None]
+    pixel = np.arange(SIDE) + 0.5
+    return np.hypot(pixel[:, None] - cy, pixel - cx) < radius
+
+
+def draw_images(rng, labels):
+    """uint8 [N, 32, 32, 3]: coloured textures of these labels, shaded, with a disc in front and noise."""
+    n = len(labels)
+
+    def colours(low, high):
+        return np.float32(rng.uniform(low, high, (n, 1, 1, 3)))
+
+    contrast = colours(-1, 1)
+    contrast *= 0.4 / np.linalg.norm(contrast, axis=-1, keepdims=True)
+    ramp = np.linspace(-0.5, 0.5, SIDE, dtype=np.float32)[:, None]
+    image = colours(0.3, 0.7) + contrast * textures(rng, labels)[..., None]
+    image += colours(-0.5, 0.5) * ramp[:, None] + colours(-0.5, 0.5) * ramp
+    image = np.where(discs(rng, n)[..., None], colours(0.05, 0.95), image)
+    image += 0.04 * rng.standard_normal(image.shape, dtype=np.float32)
+    return np.uint8(255 * image.clip(0, 1) + 0.5)
 
 
 @functools.lru_cache
@@ -361,170 +361,111 @@ def make_world(seed):
     """Datasets train (8,000) and val (2,000) of labelled texture images, uint8 [N, 32, 32, 3], made from the seed.
 
     What carries the label, the statistics of a texture, is spread over the image and hidden from a linear probe on
-    pixels; what catches the eye, colour, shading and a shape in front, says nothing about it.
+    pixels; what catches the eye, colour, shading and a disc in front, says nothing about it.
     """
-    rng, images = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(10_000) % 10)
-    for part in np.array_split(labels, 10):
-        n = len(part)
-        wave = textures(rng, part)[..., None]
-        ramp = np.linspace(-0.5, 0.5, SIDE, dtype=np.float32)[:, None]
-        slope_y, slope_x = rng.uniform(-0.5, 0.5, (2, n, 1, 1, 3)).astype(np.float32)
-        direction = rng.standard_normal((n, 1, 1, 3), dtype=np.float32)
-        direction *= rng.uniform(0.3, 0.5, (n, 1, 1, 1)) / np.linalg.norm(direction, axis=-1, keepdims=True)
-        image = rng.uniform(0.3, 0.7, (n, 1, 1, 3)) + direction * wave + slope_y * ramp[:, None] + slope_x * ramp
-        image = np.where(distractors(rng, n)[..., None], rng.uniform(0.05, 0.95, (n, 1, 1, 3)), image)
-        image += 0.04 * rng.standard_normal(image.shape, dtype=np.float32)
-        images.append((255 * image.clip(0, 1)).round().astype(np.uint8))
-    images = np.concatenate(images)
-    return {"images": images[:8000], "labels": labels[:8000]}, {"images": images[8000:], "labels": labels[8000:]}
-
-
-class HeldOut:
-    """An array without one entry of every ten, or only those: len() and indexing with int64 arrays, nothing copied.
-
-    Which of the ten is hashed: a fixed one would be a single class where labels come in turn.
-    """
-
-    def __init__(self, array, held_out):
-        self.array, self.held_out = array, held_out
-
-    def __len__(self):
-        return len(self.array) // 10 if self.held_out else len(self.array) - len(self.array) // 10
-
-    def __getitem__(self, index):
-        tens = index if self.held_out else index // 9
-        out = np.where(tens < len(self.array) // 10, mix(tens, 0) % np.uint64(10), 10).astype(np.int64)
-        return self.array[10 * tens + (out if self.held_out else index % 9 + (index % 9 >= out))]
+    images = np.concatenate([draw_images(rng, part) for part in np.array_split(labels, 10)])  # in parts: less memory
+    return [{"images": images[part], "labels": labels[part]} for part in (slice(8000), slice(8000, None))]
 
 
 def open_cifar(files):
     """Dataset of CIFAR-10 binary batches: per record a label byte, then 32 x 32 pixels of red, of green, of blue."""
-    images, labels = [], []
+    record = 1 + 3 * SIDE**2
     for path in files:
-        size, record = path.stat().st_size, 1 + 3 * SIDE**2
+        size = path.stat().st_size
         if size == 0 or size % record:
             raise DataError(f"{path}: {size} bytes, expected records of {record}: a label and 3 x 32 x 32 pixels")
-        records = np.memmap(path, np.uint8, "c").reshape(-1, record)
-        labels.append(records[:, 0].astype(np.int64))
-        if labels[-1].max() > 9:
-            raise DataError(f"{path}: record {labels[-1].argmax()} has label {labels[-1].max()}, expected 0 to 9")
-        images.append(torch.from_numpy(records[:, 1:].reshape(-1, 3, SIDE, SIDE)).permute(0, 2, 3, 1))
-    return {"images": Concat(images, files), "labels": np.concatenate(labels)}
+    records = np.concatenate([np.fromfile(path, np.uint8) for path in files]).reshape(-1, record)  # 154 MB
+    images = records[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    return {"images": images, "labels": records[:, 0].astype(np.int64)}
 
 
-def open_arrays(folder, prefix=""):
-    """Dataset of folder/{prefix}images.npy, uint8 [N, H, W, C], memory-mapped, and {prefix}labels.npy, integers [N]."""
-    arrays, right = {}, {"images": (4, np.uint8, "uint8 [N, H, W, C]"), "labels": (1, np.integer, "integers [N]")}
-    for name, (ndim, kind, expected) in right.items():
-        path = folder / f"{prefix}{name}.npy"
-        try:
-            array = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:  # missing, cut short, or objects
-            what = f"cannot be read ({first_line(error)}), expected an array saved by np.save"
-            raise DataError(f"{path}: {what}") from None
-        if array.ndim != ndim or not np.issubdtype(array.dtype, kind) or 0 in array.shape:
-            raise DataError(f"{path}: {array.dtype} {list(array.shape)}, expected {expected} with no empty dimension")
-        arrays[name] = array
-    arrays["labels"] = labels = arrays["labels"].astype(np.int64)
-    if len(labels) != len(arrays["images"]):
-        raise DataError(f"{path}: {len(labels)} labels, expected {len(arrays['images'])}, one per image")
-    if labels.min() < 0 or labels.max() >= 10_000:
-        bad = labels.argmin() if labels.min() < 0 else labels.argmax()
-        raise DataError(f"{path}: entry {bad} is {labels[bad]}, expected classes from 0 to at most 9999")
-    return arrays
+def open_array(path):
+    """The array in an .npy file, memory-mapped."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # cut short, no array at all, or one of objects
+        raise DataError(f"{path}: cannot be read ({first_line(error)}), expected an array saved by np.save") from None
+
+
+def open_arrays(images_path, labels_path):
+    """Dataset of images, uint8 [N, H, W, C] or [N, H, W], and labels, integers [N]; -1, or no file: not labelled."""
+    images = open_array(images_path)
+    found = f"{images_path}: {images.dtype} {list(images.shape)}"
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+        raise DataError(f"{found}, expected uint8 [N, H, W, C] or [N, H, W] with no empty dimension")
+    if images.ndim == 3:
+        images = images[..., None]  # grey
+    if images.shape[1] < min(images.shape[2:]):
+        raise DataError(f"{found}, expected [N, H, W, C]: save images.transpose(0, 2, 3, 1)")
+    labels = open_array(labels_path) if labels_path.exists() else np.full(len(images), -1)
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        found = f"{labels_path}: {labels.dtype} {list(labels.shape)}"
+        raise DataError(f"{found}, expected integers [{len(images)}], one per image")
+    bad = (labels < -1) | (labels >= 10_000)
+    if bad.any():
+        what = f"entry {bad.argmax()} is {labels[bad.argmax()]}"
+        raise DataError(f"{labels_path}: {what}, expected classes from 0 to at most 9999, or -1 for none")
+    return {"images": images, "labels": labels.astype(np.int64)}
 
 
 def open_images(folder):
-    """Datasets train and val of a folder: images uint8 [N, H, W, C] and labels int64 [N].
+    """Datasets train and val of a folder: images uint8 [N, H, W, C] and labels int64 [N], -1 where there is none.
 
     It holds images.npy and labels.npy (and, for validation, val_images.npy and val_labels.npy), or CIFAR-10's
-    data_batch_*.bin (and test_batch.bin), these also in a folder cifar-10-batches-bin. Without validation files one
-    image of every ten is held out. Raises DataError for a file that is missing, unreadable or holds something else.
+    data_batch_*.bin (and test_batch.bin), these also in a folder cifar-10-batches-bin. Without validation files a tenth
+    of the images is held out. Raises DataError for a file that is missing, unreadable or holds something else.
     """
-    folder = Path(folder)
+    folder, val = Path(folder), None
     if (folder / "images.npy").exists():
-        train = open_arrays(folder)
-        val = open_arrays(folder, "val_") if list(folder.glob("val_*.npy")) else None
+        train = open_arrays(folder / "images.npy", folder / "labels.npy")
+        if (folder / "val_images.npy").exists():
+            val = open_arrays(folder / "val_images.npy", folder / "val_labels.npy")
     else:
-        folder = folder / "cifar-10-batches-bin" if (folder / "cifar-10-batches-bin").is_dir() else folder
+        inside = folder / "cifar-10-batches-bin"
+        folder = inside if inside.is_dir() else folder
         files = sorted(folder.glob("data_batch_*.bin"))
         if not files:
             raise DataError(f"{folder}: no images, expected images.npy or data_batch_*.bin (see --download)")
         train = open_cifar(files)
-        val = open_cifar([folder / "test_batch.bin"]) if (folder / "test_batch.bin").exists() else None
+        if (folder / "test_batch.bin").exists():
+            val = open_cifar([folder / "test_batch.bin"])
     if val is None:
-        if size_of(train) < 10:
-            raise DataError(f"{folder}: {size_of(train)} images, expected 10 or more: one of every ten is held out")
-        train, val = ({name: HeldOut(array, part) for name, array in train.items()} for part in (False, True))
-    shapes = [make_batch(part, np.array([0]), {}, None, pin=False)["images"].shape[1:] for part in (train, val)]
-    if shapes[0] != shapes[1]:
-        raise DataError(f"{folder}: validation images {list(shapes[1])}, expected {list(shapes[0])} as in training")
+        size = size_of(train)
+        if size < 10:
+            raise DataError(f"{folder}: {size} images, expected 10 or more: a tenth is held out")
+        order = permutation(size, FIXED, 0)  # by chance, since labels may come in turn
+        kept, held_out = np.sort(order[size // 10 :]), np.sort(order[: size // 10])
+        images, labels = train.values()
+        train, val = ({"images": Subset(images, part), "labels": labels[part]} for part in (kept, held_out))
     return train, val
 
 
 def download(url, md5, folder):
-    """Fetch url, a tar archive with this md5 (hex), into folder and unpack it there. What is there already stays.
+    """Fetch url, a tar archive with this md5 (hex), and unpack into folder what is not there yet.
 
-    A download that broke off goes on where it stopped. Raises DataError when it breaks off, when the checksum differs
-    (only a bad download is removed) and when the archive would write outside the folder.
+    Raises DataError when the download breaks off or is another file; then nothing is left of it, and it starts anew.
     """
-    folder = Path(folder)
-    archive = folder / url.rsplit("/", 1)[1]
-    part = archive.with_name(archive.name + ".part")
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    new = not archive.exists()
-    if new:
-        fetch(url, part)
-    found = hashlib.md5()
-    with open(part if new else archive, "rb") as file:
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    if found.hexdigest() != md5:
-        if new:
-            part.unlink()
-        what = f"md5 {found.hexdigest()}, expected {md5}"
-        raise DataError(f"{url}: {what}; the download was removed" if new else f"{archive}: {what}; it may be removed")
-    if new:
-        os.replace(part, archive)
-    with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory(dir=folder) as unpacked:
         try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(unpacked, filter="data")  # refuses what would land outside, links and devices
-        except tarfile.TarError as error:
-            raise DataError(f"{archive}: {first_line(error)}, expected an archive of plain files") from None
-        for path in Path(unpacked).rglob("*"):
-            target = folder / path.relative_to(unpacked)
-            if path.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-
-
-def fetch(url, part):
-    """Write what url serves to the file part; what part holds already is not fetched again."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            have = have if response.status == 206 else 0  # 200: a server that starts from the beginning
-            size = have + int(response.headers.get("Content-Length") or 0)
-            with (
-                open(part, "ab" if have else "wb") as file,
-                tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar,
-            ):
-                while chunk := response.read(1 << 16):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to fetch
-            raise DataError(f"{url}: {error}, expected the archive") from None
-        return
-    except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: {first_line(error)}; --download again goes on from here") from None
-    if part.stat().st_size < size:
-        raise DataError(f"{url}: ended after {part.stat().st_size} of {size} bytes; --download again goes on from here")
+            response = urllib.request.urlopen(url, timeout=60)
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm.wrapattr(response, "read", size, desc=folder.name) as stream:
+                shutil.copyfileobj(stream, file)
+        except (OSError, http.client.HTTPException) as error:
+            raise DataError(f"{url}: {first_line(error)}, expected the archive") from None
+        file.seek(0)
+        found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != md5:
+            raise DataError(f"{url}: {file.tell()} bytes with md5 {found}, expected md5 {md5}; --download starts anew")
+        file.seek(0)
+        with tarfile.open(fileobj=file) as tar:
+            tar.extractall(unpacked, filter="data")  # refuses what would land outside, links and devices
+        for path in Path(unpacked).iterdir():
+            if not (folder / path.name).exists():
+                path.rename(folder / path.name)
 
 
 def crop_boxes(position, height, width, args):
@@ -534,7 +475,7 @@ def crop_boxes(position, height, width, args):
     of 3:4 to 4:3, log-uniform, or the nearest with which it fits.
     """
     # Salts 8 * seed to 8 * seed + 4, and + 5 for the stretching of positions: no two seeds share one.
-    area, ratio, top, left, flip = (mix(position, 8 * args.seed + k) / 2**64 for k in range(5))
+    area, ratio, top, left, flip = (hash64(position, 8 * args.seed + k) / 2**64 for k in range(5))
     area = height * width * (args.crop_scale + (1 - args.crop_scale) * area)
     ratio = ((4 / 3) ** (2 * ratio - 1)).clip(area / height**2, width**2 / area)
     h, w = np.sqrt(area / ratio), np.sqrt(area * ratio)
@@ -554,53 +495,54 @@ def resize_weights(start, length, size_in, size_out):
 
 
 def prepare(batch, size):
-    """Images uint8 [B, H, W, C] -> float32 [B, C, size, size] in [-1, 1], on their device: one product per axis.
+    """Cut, flip and resize a batch's images, uint8 [B, H, W, C], as its boxes [B, 5] say (see crop_boxes).
 
-    Cut and flipped as batch["boxes"] says (see crop_boxes), or, without it, to the largest square in the middle.
+    Returns float32 [B, C, size, size] in [-1, 1], made on the images' device by one matrix product per axis.
     """
-    images = batch["images"].permute(0, 3, 1, 2).float()
-    B, _, H, W = images.shape
-    if "boxes" in batch:
-        top, left, height, width, flip = batch["boxes"].unbind(1)
-    else:
-        height = width = torch.full((B,), float(min(H, W)), device=images.device)
-        top, left = (H - height) / 2, (W - width) / 2
-    vertical, horizontal = resize_weights(top, height, H, size), resize_weights(left, width, W, size)
-    if "boxes" in batch:
-        horizontal = torch.where(flip[:, None, None] > 0, horizontal.flip(1), horizontal)
+    images = batch["images"].permute(0, 3, 1, 2).float()  # [B, C, H, W]
+    top, left, height, width, flip = batch["boxes"].unbind(1)
+    vertical = resize_weights(top, height, images.shape[2], size)
+    horizontal = resize_weights(left, width, images.shape[3], size)
+    horizontal = torch.where(flip[:, None, None] > 0, horizontal.flip(1), horizontal)
     with torch.autocast(images.device.type, enabled=False):
-        return vertical[:, None] @ images @ horizontal[:, None].transpose(2, 3) / 127.5 - 1
+        return vertical[:, None] @ images @ horizontal[:, None].mT / 127.5 - 1
 
 
-def make_data(args):
-    """The run's datasets and what the shared part needs to know about them (listed there). Raises DataError."""
+def make_data(args, config=None):
+    """The run's datasets and what the shared part needs to know about them (listed there), and `probed`: datasets the
+    probes learn from and are tested on, with limits. config: the checkpoint's. Raises DataError for unfit images.
+    """
     if args.download:
-        download(CIFAR_URL, CIFAR_MD5, args.data_dir)
+        there = {path.suffix for path in Path(args.data_dir).glob("**/*")}
+        if rank() == 0 and not there & {".bin", ".npy"}:
+            download(CIFAR_URL, CIFAR_MD5, Path(args.data_dir))
+        all_reduce(torch.zeros(1))  # the others wait
     train, val = open_images(args.data_dir) if args.data_dir else make_world(args.seed)
-    height, width, channels = make_batch(val, np.array([0]), {}, None, pin=False)["images"].shape[1:]
+    height, width, channels = train["images"][np.array([0])].shape[1:]
+    if config is None:
+        flags = {field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(Config)}
+        size = args.image_size or min(height, width)
+        config = Config(**flags | {"image_size": size, "num_channels": channels})
+    if channels != config.num_channels:
+        raise DataError(f"{args.data_dir}: images of {channels} channels, expected {config.num_channels}")
 
     def collate(picked, extra):
-        if "position" not in extra:
-            return picked
-        return {"images": picked["images"], "boxes": crop_boxes(extra["position"], height, width, args)}
+        height, width = picked["images"].shape[1:3]
+        if "position" in extra:
+            boxes = crop_boxes(extra["position"], height, width, args)
+        else:  # the largest square in the middle
+            side = min(height, width)
+            middle = [(height - side) / 2, (width - side) / 2, side, side, 0]
+            boxes = np.tile(np.float32(middle), (len(picked["images"]), 1))
+        return {**picked, "boxes": boxes}
 
-    size = args.image_size or min(height, width)
-    if size % args.patch_size:
-        what = f"images are {height} x {width} x {channels}, expected --patch_size {args.patch_size} to divide a side"
-        raise DataError(f"{args.data_dir}: {what}; or give --image_size")
-    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
-    config = dataclasses.asdict(Config(**flags | {"image_size": size, "num_channels": channels}))
-
-    def init(model):
-        if args.init_from:
-            weights = read_weights(args.init_from)
-            try:
-                load_official(model, weights)
-            except ValueError as error:
-                raise DataError(f"{args.init_from}: {error}") from None
-
-    data = {"train": train, "val": val, "collate": collate, "config": config, "init": init}
-    return data | {"baselines": lambda: baselines(data, args), "describe": describe, "report": report}
+    # The same ones in every run, in file order: a memory map is read from its beginning to its end.
+    labelled = np.flatnonzero(train["labels"] >= 0)
+    chosen = np.sort(labelled[permutation(len(labelled), FIXED, 0)[: args.probe_samples]])
+    known = {name: Subset(array, chosen) for name, array in train.items()}
+    data = {"train": train, "val": val, "collate": collate, "config": config, "describe": describe, "report": report}
+    data["probed"] = (known, 0), (val, args.eval_samples)
+    return data | {"baselines": lambda: baselines(data, args)}
 
 
 def describe(metrics):
@@ -612,41 +554,34 @@ def describe(metrics):
 
 def report(metrics):
     """The closing table: the features beside those that need no training, the loss beside trivial predictions."""
-    lines = [f"{'frozen features':32}{'kNN':>8}{'probe':>8}"]
-    for title, prefix in {"this model": "", "untrained network": "untrained_", "raw pixels": "raw_"}.items():
-        lines.append(f"{title:32}" + "".join(f"{metrics[prefix + name]:8.4f}" for name in ("knn_acc", "probe_acc")))
+    lines = ["frozen features: neither kNN nor probe, which need labelled images to learn from and to be tested on"]
+    if "knn_acc" in metrics:
+        lines = [f"{'frozen features':32}{'kNN':>8}{'probe':>8}"]
+        for title, prefix in {"this model": "", "untrained network": "untrained_", "raw pixels": "raw_"}.items():
+            lines.append(f"{title:32}{metrics[prefix + 'knn_acc']:8.4f}{metrics[prefix + 'probe_acc']:8.4f}")
     lines.append(f"{'prediction of the next patch':32}{'loss':>8}")
     rows = {"this model": "loss_final", "its layers before the last": "loss_intermediate"}
     rows |= {"the best constant": "constant_loss", "the patch before": "copy_loss"}
+    if metrics["loss"] != metrics["loss_final"]:
+        rows["all its layers, as trained"] = "loss"
     lines += [f"{title:32}{metrics[name]:8.4f}" for title, name in rows.items() if name in metrics]
-    directions = "target patches: mean cosine {embed_cos:.4f}, effective rank {effective_rank:.1f}".format_map(metrics)
-    return "\n".join([*lines, directions, describe(metrics)])
+    lines.append("target patches: mean cosine {embed_cos:.4f}, effective rank {effective_rank:.1f}".format_map(metrics))
+    return "\n".join(lines)
 
 
 # ---- one update, evaluation -----------------------------------------------------------------------------------------
 
 
-def compute_loss(model, batch, state, args):
+def compute_loss(model, batch, carry, args):
     """The loss of one micro-batch: images cut and flipped on the device, one RoPE scale for the whole update.
 
-    Returns this micro-batch's share of the update's loss, metrics as (sum, count) pairs, and no state.
+    Returns this micro-batch's share of the update's loss, metrics as (sum, count) pairs, and no carry.
     """
     c = unwrap(model).config
-    draw = 2 * float(mix(np.array([batch["step"]]), 8 * args.seed + 5)[0]) / 2**64 - 1
+    draw = 2 * float(hash64(np.array([batch["step"]]), 8 * args.seed + 5)[0]) / 2**64 - 1  # uniform on [-1, 1)
     scale = torch.full((), c.rope_rescale**draw, device=batch["images"].device)
-    output = model(prepare(batch, c.image_size), scale)
-    hidden_states = output.hidden_states if args.use_intermediate_loss else []
-    loss, loss_final, layers = intermediate_loss(
-        output.embedding, hidden_states, output.prediction, args.intermediate_loss_weight
-    )
-    values = {"loss": loss.detach(), "loss_final": loss_final.detach()} | by_layer(layers)
-    return batch["share"] * loss, weigh(values, len(batch["images"])), None
-
-
-def by_layer(layers):
-    """The layers' losses and their mean, as metrics."""
-    named = {f"loss_layer_{i}": loss for i, loss in enumerate(layers, start=1)}
-    return {"loss_intermediate": sum(layers) / len(layers), **named} if layers else {}
+    loss, parts = losses(model(prepare(batch, c.image_size), scale), args, args.use_intermediate_loss)
+    return batch["share"] * loss, to_sums(parts, len(batch["images"])), None
 
 
 def features(output, args):
@@ -656,57 +591,54 @@ def features(output, args):
     return states[:, 1:].float().mean(1).cpu()
 
 
-def probe_batches(data, args, first=0, every=1):
-    """Batches of --probe_samples labelled training images: always the same ones, neither cut nor flipped."""
-    size = size_of(data["train"])
-    index = np.arange(min(args.probe_samples, size))
-    index = np.sort(permuted(index, size, mix(0 * index, 0)))
-    for start in range(first * args.batch_size, len(index), every * args.batch_size):
-        batch = make_batch(data["train"], index[start : start + args.batch_size], {}, data["collate"], pin=False)
-        yield {name: value.to(args.device) for name, value in batch.items()}
+def in_file_order(batches):
+    """Every process's batches as one list: they were dealt out in turn, and the probes see the same on any number."""
+    return [batch for turn in itertools.zip_longest(*gather(batches)) for batch in turn if batch]
 
 
 @torch.no_grad()
 def evaluate(model, data, args):
     """Validation means of the losses, and how good the frozen features are. Draws nothing from torch's generator."""
-    size, D = model.config.image_size, model.config.hidden_size
-    sums, known, tested = {}, [], []
-    mean, moment, count = torch.zeros(D), torch.zeros(D, D, dtype=torch.float64), 0
-    split = (rank(), world_size(), args.eval_samples)
-    for batch in fixed_batches(data["val"], args.batch_size, args.device, *split, data["collate"]):
-        with autocast(args):
-            output = model(prepare(batch, size))
-        embedding = output.embedding.float()
-        loss, loss_final, layers = intermediate_loss(*output, args.intermediate_loss_weight)
-        values = {"loss_final": loss_final, "copy_loss": prediction_loss(embedding, embedding)} | by_layer(layers)
-        values["loss"] = loss if args.use_intermediate_loss else loss_final
-        add(sums, weigh(values, len(embedding)))
-        units = F.normalize(embedding[:, 1:].flatten(0, 1), dim=1)
-        units = units.cpu() if units.device.type == "mps" else units
-        units = units.double()  # rounding in float32 looks like directions that are not there
-        mean, moment, count = mean + units.sum(0).cpu(), moment + (units.T @ units).cpu(), count + len(units)
-        tested.append((features(output, args), batch["labels"].cpu()))
-    for batch in probe_batches(data, args, rank(), world_size()):
-        with autocast(args):
-            known.append((features(model(prepare(batch, size)), args), batch["labels"].cpu()))
-    *totals, known, tested = zip(*gather((mean, moment, count, known, tested)))
-    # Batches were dealt out in turn: back in file order, the probes see the same whatever the number of processes.
-    pairs = ([batch for turn in itertools.zip_longest(*dealt) for batch in turn if batch] for dealt in (known, tested))
-    metrics = means(sums)
+    # One pass over the images the probes learn from and one over the validation images, which gives the losses too.
+    c, sums, pairs = model.config, {}, []
+    moment = torch.zeros(c.hidden_size + 1, c.hidden_size + 1, dtype=torch.float64)
+    for dataset, limit in data["probed"]:
+        mine = []
+        for batch in eval_batches(dataset, args, data["collate"], limit):
+            with autocast(args):
+                output = model(prepare(batch, c.image_size))
+            mine.append((features(output, args), batch["labels"].cpu()))
+            if dataset is data["val"]:
+                _, parts = losses(output, args, every_layer=True)
+                parts["copy_loss"] = prediction_loss(output.embedding, output.embedding)
+                add_sums(sums, to_sums(parts, len(output.embedding)))
+                moment += second_moment(output.embedding)
+        pairs.append(in_file_order(mine))
+    moment, metrics = all_reduce(moment), means(sums)
     if not math.isfinite(metrics["loss"]):  # the shared part names it and stops
         return metrics
-    return metrics | collapse(*map(sum, totals)) | probe(*pairs)
+    return metrics | collapse(moment) | probe(*pairs)
 
 
-def collapse(mean, moment, count):
-    """How far the target patches, as unit vectors u, have collapsed to few directions.
+def second_moment(embedding):
+    """Sum of u u^T over the patches of embedding [B, T, D], as unit vectors with a 1 put behind: float64 [D+1, D+1].
 
-    mean: sum of u, [D]; moment: sum of u u^T, [D, D]; count: their number. Returns the mean cosine of two of them, the
-    effective rank (exp of the entropy of the singular values, Roy and Vetterli 2007: from 1, one direction, to D) and
-    the loss of the best constant prediction, which is their mean direction.
+    So the last row holds the sum of u, and the corner their number.
     """
-    length = float(mean.norm())
-    singular = torch.linalg.eigvalsh(moment.double()).clamp(min=0).sqrt()
+    units = F.normalize(embedding[:, 1:].flatten(0, 1).float(), dim=1)
+    units = units.cpu() if units.device.type == "mps" else units  # which has no float64
+    units = F.pad(units.double(), (0, 1), value=1.0)  # float64: rounding looks like directions that are not there
+    return (units.T @ units).cpu()
+
+
+def collapse(moment):
+    """How far the target patches, as unit vectors, have collapsed to few directions. moment: see second_moment.
+
+    Returns the mean cosine of two of them, the effective rank (exp of the entropy of the singular values, Roy and
+    Vetterli 2007: from 1, one direction, to D) and the loss of the best constant prediction, their mean direction.
+    """
+    count, length = float(moment[-1, -1]), float(moment[-1, :-1].norm())
+    singular = torch.linalg.eigvalsh(moment[:-1, :-1]).clamp(min=0).sqrt()
     singular = singular / singular.sum()
     return {
         "embed_cos": (length**2 - count) / (count * max(count - 1, 1)),
@@ -716,56 +648,55 @@ def collapse(mean, moment, count):
 
 
 def probe(known, tested):
-    """Accuracy on tested of kNN and a ridge probe, both fitted on known: lists of (features [B, D], labels [B])."""
+    """Accuracy on tested of kNN and a ridge probe, both fitted on known: lists of (features [B, D], labels [B]).
+
+    Test images without a label (-1) do not count. Without any labels there is no accuracy: {}.
+    """
+    if not known:  # no training image is labelled
+        return {}
     (x, y), (test_x, test_y) = ([torch.cat(parts) for parts in zip(*pairs)] for pairs in (known, tested))
-    mean = x.double().mean(0)
-    x, test_x = x.double() - mean, test_x.double() - mean
-    return {"knn_acc": knn(x, y, test_x, test_y), "probe_acc": ridge(x, y, test_x, test_y)}
+    labelled, mean = test_y >= 0, x.double().mean(0)
+    if not labelled.any():
+        return {}
+    x, test_x, test_y = x.double() - mean, test_x[labelled].double() - mean, test_y[labelled]
+    if len(x) < x.shape[1]:  # directions in which no two known samples differ do not matter, and cost much
+        basis = torch.linalg.qr(x.T).Q  # [D, n]
+        x, test_x = x @ basis, test_x @ basis
+    variance, axes = torch.linalg.eigh(x.T @ x / len(x))  # in ascending order
+    inputs = x @ axes, y, test_x @ axes, test_y, variance
+    return {"knn_acc": knn(*inputs), "probe_acc": ridge(*inputs)}
 
 
-def knn(x, y, test_x, test_y, k=20, size=64):
-    """Accuracy of the vote of the k nearest known samples, by the cosine after PCA whitening to size dimensions."""
-    with torch.random.fork_rng(devices=[]):  # the randomised SVD must not disturb the training's generator
-        torch.default_generator.manual_seed(0)
-        _, deviation, axes = torch.svd_lowrank(x, min(size + 32, *x.shape), niter=4)  # 32 more make the last ones exact
+def knn(x, y, test_x, test_y, variance, k=20, size=64):
+    """Accuracy of the vote of the k nearest known samples, by the cosine of the last `size` whitened components.
+
+    x, test_x: principal components, float64 [n, D] and [m, D]; variance: theirs, [D], ascending; y, test_y: labels.
+    """
     # A mean of LayerNorm's outputs has no variance along its gain: what rounding leaves there is not to be blown up.
-    kept = deviation[:size] > 1e-5 * deviation.max()
-    axes = (axes / deviation)[:, :size][:, kept]
-    near, far = (F.normalize(v @ axes, dim=1) for v in (x, test_x))
+    kept = variance > 1e-10 * variance[-1]
+    near, far = (F.normalize((v / variance.sqrt())[:, kept][:, -size:], dim=1) for v in (x, test_x))
     nearest = torch.cat([(part @ near.T).topk(min(k, len(x)), dim=1).indices for part in far.split(1000)])
     return float((y[nearest].mode(dim=1).values == test_y).double().mean())
 
 
-def ridge(x, y, test_x, test_y):
-    """Accuracy of ridge regression to the one-hot labels, the penalty chosen on a fifth of the known samples."""
-    std = x.std(0, correction=0)
-    std = std.clamp(min=max(1e-6 * float(std.max()), 1e-30))  # a feature that never changes stays zero
-    x, test_x, targets = x / std, test_x / std, F.one_hot(y).double()
+def ridge(x, y, test_x, test_y, variance):
+    """Accuracy of ridge regression to the one-hot labels; inputs as in knn.
 
-    def fit(x, targets):
-        """penalty -> weights, by the smaller of the two equivalent systems."""
-        wide = x.shape[1] > len(x)
-        gram, offset = x @ x.T if wide else x.T @ x, targets.mean(0)
-        right = targets - offset if wide else x.T @ (targets - offset)
+    The penalty is the one with which most known samples are predicted rightly by the fit to all others.
+    """
+    targets = F.one_hot(y).double()
+    offset = targets.mean(0)
 
-        def solve(penalty):
-            eye = torch.eye(len(gram), dtype=gram.dtype)
-            solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram + penalty * len(x) * eye))
-            return lambda v: v @ (x.T @ solution if wide else solution) + offset
+    def fit(penalty):
+        """That number of samples, and the weights [D, classes]; components make the system diagonal."""
+        inverse = 1 / (variance + penalty * variance[-1] + 1e-30)
+        weights = inverse[:, None] * (x.T @ targets) / len(x)
+        leverage = (1 + x.square() @ inverse) / len(x)  # the part of its own target in a sample's prediction
+        others = x @ weights + offset - leverage[:, None] * targets  # times 1 - leverage, which leaves argmax as it is
+        return int((others.argmax(1) == y).sum()), weights
 
-        return solve
-
-    def accuracy(predict, x, y):
-        return float((predict(x).argmax(1) == y).double().mean())
-
-    held_out = torch.from_numpy(mix(np.arange(len(x)), 0) % np.uint64(5) == 0)
-    solve, best = fit(x[~held_out], targets[~held_out]), (0.0, 1.0)
-    for exponent in range(1, -7, -1):
-        found = accuracy(solve(10.0**exponent), x[held_out], y[held_out])
-        best = max(best, (found, 10.0**exponent))
-        if found < best[0] - 0.02:  # past the best; raw pixels make every further one expensive
-            break
-    return accuracy(fit(x, targets)(best[1]), test_x, test_y)
+    _, weights = max((fit(10.0**exponent) for exponent in range(1, -7, -1)), key=lambda found: found[0])
+    return float(((test_x @ weights + offset).argmax(1) == test_y).double().mean())
 
 
 @torch.no_grad()
@@ -773,100 +704,91 @@ def baselines(data, args):
     """kNN and probe accuracy of features that need no training, as final metrics. One process computes them."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)  # the weights a run starts from without --init_from
-        model = Model(Config(**data["config"])).to(args.device).eval()
-    size = model.config.image_size
-    seen = {"untrained_": ([], []), "raw_": ([], [])}
-    val = fixed_batches(data["val"], args.batch_size, args.device, limit=args.eval_samples, collate=data["collate"])
-    for i, batches in enumerate((probe_batches(data, args), val)):
-        for batch in batches:
+        model = Model(data["config"]).to(args.device).eval()
+    # Raw pixels of larger images are averaged down to 32 x 32: 3,072 numbers, whose eigenvectors take 8 s on one core.
+    size, pairs = model.config.image_size, {"untrained_": ([], []), "raw_": ([], [])}
+    for i, (dataset, limit) in enumerate(data["probed"]):
+        for batch in fixed_batches(dataset, args.batch_size, args.device, limit=limit, collate=data["collate"]):
             labels = batch["labels"].cpu()
             with autocast(args):
-                seen["untrained_"][i].append((features(model(prepare(batch, size)), args), labels))
-            seen["raw_"][i].append((prepare(batch, min(size, SIDE)).flatten(1).cpu(), labels))
-    return {prefix + name: value for prefix, pairs in seen.items() for name, value in probe(*pairs).items()}
+                pairs["untrained_"][i].append((features(model(prepare(batch, size)), args), labels))
+            pairs["raw_"][i].append((prepare(batch, min(size, SIDE)).flatten(1).cpu(), labels))
+    return {prefix + name: value for prefix, both in pairs.items() for name, value in probe(*both).items()}
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
 def add_method_args(parser):
-    """Add this script's flags. Returns the flag that brings real data, the demonstration's defaults, the flags that
-    --eval_only may be given anew, and check(args, given), which calls parser.error for what makes no sense together
-    (given: the names on the command line).
+    """Add this script's flags. Returns the names of those that bring data, the demonstration's defaults, the flags that
+    --eval_only may be given anew, and check(args), which calls parser.error for what would mislead.
     """
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data_dir", help="folder of CIFAR-10's .bin files or of images.npy and labels.npy; without it, textures")
-    flag("--download", **BOOLEAN, help="fetch CIFAR-10 (162 MB) into --data_dir first")
-    flag("--image_size", type=number(1), help="side of the images the model sees (default: the data's shorter side)")
-    flag("--crop_scale", type=number(0.01, 1.0), default=0.35, help="smallest part of the area a random crop keeps")
-    flag("--flip_prob", type=number(0.0, 1.0), default=0.5, help="part of the images flipped left to right")
-    flag = parser.add_argument_group("model").add_argument
-    flag("--patch_size", type=number(1), default=4, help="side of a patch")
-    flag("--hidden_size", type=number(4), default=96, help="width; 4 * num_heads divides it")
-    flag("--num_layers", type=number(1), default=6, help="blocks")
-    flag("--num_heads", type=number(1), default=3, help="attention heads")
-    flag("--mlp_hidden", type=number(1), help="width of the MLP (default: 4 * hidden_size)")
-    flag("--gated_mlp", **BOOLEAN, help="SwiGLU instead of GELU")
-    flag("--qk_norm", **{**BOOLEAN, "default": True}, help="LayerNorm on queries and keys")
-    flag("--qk_norm_affine", **BOOLEAN, help="with a gain and a shift")
-    flag("--layerscale_value", type=number(0.0), default=1.0, help="initial LayerScale; published: 1e-5, for long runs")
-    flag("--rope_rescale", type=number(1.0), default=2.0, help="largest random stretching of the positions in training")
-    flag("--init_from", help="published weights to start from: an .npz or a torch state dict")
-    flag = parser.add_argument_group("deep supervision").add_argument
-    flag("--use_intermediate_loss", **BOOLEAN, help="the loss at every layer, not only at the last")
-    flag("--intermediate_loss_weight", type=number(0.0), default=1.0, help="weight of the mean over layers 1 .. L-1")
-    flag = parser.add_argument_group("probes").add_argument
-    flag("--probe_layer", type=number(0), help="features of this layer, 0: the embedding (default: the normed output)")
-    flag("--probe_samples", type=number(10), default=4000, help="labelled training images the probes may use")
+    flag = flag_group(parser, "data")
+    flag("--data_dir", None, "folder of CIFAR-10's .bin files or of images.npy, labels.npy; without it, textures")
+    flag("--download", False, "fetch CIFAR-10 (162 MB) into --data_dir, where it is not there yet")
+    flag("--image_size", 0, "side of the images the model sees; 0: the data's shorter side")
+    flag("--crop_scale", 0.35, "smallest part of the area that a random crop keeps", 0.01, 1)
+    flag("--flip_prob", 0.5, "part of the images flipped left to right", 0, 1)
+    flag = flag_group(parser, "model")
+    flag("--patch_size", 4, "side of a patch", 1)
+    flag("--hidden_size", 96, "width; 4 * num_heads divides it", 1)
+    flag("--num_layers", 6, "blocks", 1)
+    flag("--num_heads", 3, "attention heads", 1)
+    flag("--mlp_hidden", 0, "width of the MLP; 0: 4 * hidden_size")
+    flag("--gated_mlp", False, "SwiGLU instead of GELU")
+    flag("--qk_norm", True, "LayerNorm on queries and keys")
+    flag("--qk_norm_affine", False, "with a gain and a shift")
+    flag("--layerscale_value", 1.0, "initial LayerScale; published: 1e-5, for long runs")
+    flag("--rope_rescale", 2.0, "largest random stretching of the positions in training", 1)
+    flag = flag_group(parser, "deep supervision")
+    flag("--use_intermediate_loss", False, "the loss at every layer, not only at the last")
+    flag("--intermediate_loss_weight", 1.0, "weight of the mean over layers 1 .. L-1")
+    flag = flag_group(parser, "probes")
+    flag("--probe_layer", None, "features of this layer, 0: the embedding (default: the normed output)", kind=int)
+    flag("--probe_samples", 4000, "labelled training images that the probes may use", 10)
     parser.set_defaults(
         batch_size=64, max_train_steps=1500, lr=2e-3, weight_decay=0.05, min_lr_ratio=0.0, ema_decay=0.99
     )
     demo = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "lr": 1e-3, "max_train_steps": 400, "warmup_steps": 20}
     demo |= {"eval_interval": 100}
 
-    def check(args, given):
-        args.download = bool(given.get("download"))  # a resumed run has its data
+    def check(args):
         if args.download and not args.data_dir:
             parser.error("--download needs the --data_dir to download to")
-        if args.download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            parser.error("--download runs in one process: start python nepa_deep.py --download once, then torchrun")
-        if args.hidden_size % (4 * args.num_heads):
-            parser.error(
-                f"--hidden_size {args.hidden_size} must be a multiple of 4 * --num_heads = {4 * args.num_heads}"
-            )
-        size = args.image_size or (0 if args.data_dir else SIDE)  # 0: known when the data are
-        if size % args.patch_size:
-            parser.error(f"--image_size {size} must be a multiple of --patch_size {args.patch_size}")
-        if args.use_intermediate_loss and args.num_layers < 2:
-            parser.error("--use_intermediate_loss needs --num_layers 2 or more; the last layer has its loss anyway")
-        if "intermediate_loss_weight" in given and not args.use_intermediate_loss:
+        if args.intermediate_loss_weight != 1 and not args.use_intermediate_loss:
             parser.error("--intermediate_loss_weight needs --use_intermediate_loss")
-        if args.qk_norm_affine and not args.qk_norm:
-            parser.error("--qk_norm_affine needs --qk_norm")
-        if args.probe_layer is not None and args.probe_layer > args.num_layers:
+        if (args.probe_layer or 0) > args.num_layers:
             parser.error(f"--probe_layer {args.probe_layer} must be at most --num_layers {args.num_layers}")
 
-    return "data_dir", demo, {"probe_layer", "probe_samples"}, check
+    return ["data_dir"], demo, ["probe_layer", "probe_samples"], check
 
 
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
-# Trains whatever stands above. All it uses of it: Config, Model(config), add_method_args(parser),
-# compute_loss(model, batch, state, args) -> loss, metrics, state    evaluate(model, data, args) -> means with a "loss"
-# make_data(args) -> dict: train, val (datasets as data.py wants them), collate, config (Config's fields), baselines()
-# -> metrics of the final line, describe(metrics) -> text for the progress bar, report(metrics) -> text at the end; and,
-# where a run may start from other weights than random ones, init(model); where the data of a resumed run must have the
-# old one's sizes, split (a dict).
+# Trains whatever stands above. All it uses of it:
+#   Config, Model(config), to_our_names(weights), which renames published weights
+#   add_method_args(parser) -> see there
+#   make_data(args, config) -> dict. config: the checkpoint's Config, None in a new run. Keys: train, val (datasets as
+#     data.py wants them), collate, config, describe(metrics) -> text of a log line, report(metrics) -> text at the end,
+#     baselines() -> metrics of the final line; where it applies, sizes (numbers in which the data of a resumed run must
+#     agree) and predict(model) -> text (done instead of an evaluation)
+#   compute_loss(model, batch, carry, args) -> loss, sums, carry. The batch holds step and share (see train); it may
+#     hold counts. carry: None, or what each row takes along: tensors [B, ...], among them `drawn` (how many samples the
+#     row has taken before) and `halted` (whether it needs another one)
+#   evaluate(model, data, args) -> means, with a "loss"
+
+
+SCRIPT = Path(__file__).stem
 
 
 # ---- processes, precision, metrics ----
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))  # torchrun sets it
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
@@ -874,6 +796,14 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
+
+
+def gather(value):
+    """value of every process (anything that pickles), as a list in order of rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def unwrap(model):
@@ -888,162 +818,209 @@ def autocast(args):
     return torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
 
-def weigh(values, count):
+def to_sums(values, count):
     """Means over count samples (dict of floats or scalar tensors) as (sum, count) pairs; never syncs."""
     return {name: (value * count, count) for name, value in values.items()}
 
 
-def add(sums, pairs):
+def add_sums(sums, more):
     """Add (sum, count) pairs to the running ones, by name."""
-    for name, (value, count) in pairs.items():
+    for name, (value, count) in more.items():
         total, n = sums.get(name, (0.0, 0.0))
         sums[name] = (total + value, n + count)
 
 
-def first_line(error):
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def gather(value):
-    """value of every process (anything that pickles), as a list in order of rank."""
-    values = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
+def over_processes(sums):
+    """The sums of all processes together, as floats. A CPU-GPU sync point."""
+    totals = {}
+    for mine in gather({name: (float(total), float(count)) for name, (total, count) in sums.items()}):
+        add_sums(totals, mine)
+    return totals
 
 
 def means(sums):
     """Means over everything added, on all processes; a metric without samples is left out. A CPU-GPU sync point."""
-    totals = {}
-    for pairs in gather({name: (float(total), float(count)) for name, (total, count) in sums.items()}):
-        add(totals, pairs)
-    return {name: total / count for name, (total, count) in totals.items() if count}
+    return {name: total / count for name, (total, count) in over_processes(sums).items() if count}
+
+
+def require_finite(step, split, metrics):
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise DataError(f"step {step}: {split} {name} is {value}, expected a finite number; the checkpoint stays")
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+
+
+def say(text):
+    """Print on the first process, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+# ---- signals: the first one ends the run in good order, a second one at once ----
+
+RECEIVED = []
+
+
+class Stopped(Exception):
+    """A signal came while the model was evaluated; its number is the argument."""
+
+
+def receive(number, _):
+    RECEIVED.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two as clusters send them; Windows has neither
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        numbers = []
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def received_signal():
+    """The number of a signal that any process has received since the last call, or 0, the same on all of them."""
+    number = RECEIVED.pop() if RECEIVED else 0
+    return int(all_reduce(torch.tensor(number), dist.ReduceOp.MAX))
+
+
+def eval_batches(dataset, args, collate, limit=0):
+    """This process's share of one pass over a dataset in order (data.fixed_batches), with progress on a terminal.
+
+    limit: only the first so many samples; 0: all. Raises Stopped on every process when one has received a signal.
+    """
+    batches = fixed_batches(dataset, args.batch_size, args.device, rank(), world_size(), limit, collate)
+    for batch in tqdm(batches, "evaluating", leave=False, disable=rank() > 0 or None):  # None: where is no terminal
+        if number := received_signal():
+            raise Stopped(number)
+        if batch:  # in the last round some processes may have none
+            yield batch
 
 
 # ---- flags ----
 
 
-def number(low, high=None):
-    """An argparse type: a number of low's own type (int or float), from low to high (None: what float32 can count)."""
-    limit = high if high is not None else 2**53 if isinstance(low, int) else 1e38
-
-    def parse(text):
-        try:
-            value = type(low)(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= limit:
-            kind = "an integer" if isinstance(low, int) else "a number"
-            most = "" if high is None else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text!r}, expected {kind} of at least {low}{most}")
-        return value
-
-    return parse
+def boolean(text):
+    return ("false", "true").index(text.lower()) == 1
 
 
-def true_or_false(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected True or False")
-    return text.lower() == "true"
+def flag_group(parser, title):
+    """A function flag(names, default, help) that adds flags under this title; a flag has the type of its default.
 
+    kind: the type where the default is None. Numbers must lie in low .. high.
+    """
+    group = parser.add_argument_group(title)
 
-BOOLEAN = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
+    def flag(names, default, help, low=0, high=1e38, kind=None, **more):
+        kind = kind or type(default)
 
+        def parse(text):
+            value = kind(text)
+            if not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"{text!r}, expected {low} to {high}")
+            return value
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog, **_):
-        super().__init__(prog, max_help_position=36, width=120)  # a line for each flag, as wide as the text above
+        parse.__name__ = kind.__name__  # argparse says: invalid int value: 'x'
+        if kind is bool:
+            more = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+        elif kind in (int, float):
+            more = {"type": parse, "metavar": "X"}
+        if default is not None and default is not False:
+            help += " (default: %(default)s)"
+        group.add_argument(*names.split(), default=default, help=help, **more)
 
-    def _get_default_metavar_for_optional(self, action):
-        return "X"
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False
-        return action.help if silent else super()._get_help_string(action)
+    return flag
 
 
 # What --resume may be given anew; of batch_size and grad_accum only the product with the processes has to stay.
-MAY_CHANGE = {"batch_size", "grad_accum", "max_train_steps", "eval_interval", "log_interval", "save_interval"}
-MAY_CHANGE |= {"device", "compile", "wandb_mode", "wandb_project", "run_name", "out_dir", "resume", "overwrite"}
-EVALUATION = {"eval_only", "eval_samples", "dtype"}  # and what --eval_only may be given beside those
+MAY_CHANGE = (
+    "batch_size grad_accum max_train_steps eval_interval log_interval save_interval device compile "
+    "wandb_mode wandb_project run_name out_dir resume eval_only"
+)
 
 
 def parse_args():
     """The flags in force and, with --resume or --eval_only, the checkpoint. Refuses what makes no sense (exit 2)."""
-    script = Path(__file__).stem
-    usage = "python %(prog)s [flags]      (--help lists them)"
-    parser = argparse.ArgumentParser(None, usage, __doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    flag = parser.add_argument_group("training").add_argument
-    flag("--batch_size", type=number(1), default=32, help="samples per micro-batch and process")
-    flag("--grad_accum", type=number(1), default=1, help="micro-batches per update")
-    flag("--max_train_steps", type=number(1), default=1000, help="updates in all")
-    flag("--lr", "--learning_rate", type=number(0.0), default=1e-3, help="peak learning rate")
-    flag("--min_lr_ratio", type=number(0.0, 1.0), default=0.1, help="end of the cosine, in parts of --lr; 1: constant")
-    flag("--warmup_steps", type=number(0), default=100, help="updates of linear warm-up")
-    flag("--weight_decay", type=number(0.0), default=0.1, help="AdamW's, on matrices only")
-    flag("--beta1", type=number(0.0, 0.999999), default=0.9, help="AdamW's")
-    flag("--beta2", type=number(0.0, 0.999999), default=0.95, help="AdamW's")
-    flag("--grad_clip", type=number(0.0), default=1.0, help="largest norm of the gradient; 0: no limit")
-    flag("--ema_decay", type=number(0.0, 0.999999), default=0.0, help="of the averaged weights to evaluate; 0: none")
-    flag("--seed", type=number(0, 2**32 - 1), default=0, help="of the weights, the order and the built-in world")
-    flag = parser.add_argument_group("machine").add_argument
-    flag("--device", default="auto", help="auto (CUDA if there), cpu, cuda, mps, ...")
-    flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: bfloat16 on CUDA")
-    flag("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on CUDA")
-    flag("--grad_checkpoint", **BOOLEAN, help="recompute in the backward pass: the same gradient, less memory")
-    flag = parser.add_argument_group("evaluation, output").add_argument
-    flag("--eval_interval", type=number(1), default=500, help="updates between evaluations")
-    flag("--eval_samples", type=number(0), default=0, help="validation samples to use; 0: all")
-    flag("--log_interval", type=number(1), default=100, help="updates between lines of metrics.jsonl")
-    flag("--save_interval", type=number(0), default=500, help="updates between checkpoints; 0: with best.pt only")
-    flag("--out_dir", help=f"folder of the run (default: a new out/{script}-DATE-TIME)")
-    flag("--overwrite", **BOOLEAN, help="replace what is already there")
-    flag("--resume", **BOOLEAN, help="go on with the run in --out_dir, with its flags")
-    flag("--eval_only", **BOOLEAN, help="evaluate the best checkpoint of the run in --out_dir")
-    flag("--wandb_mode", choices=["disabled", "offline", "online"], default="disabled", help="Weights & Biases")
-    flag("--wandb_project", default="deep-supervision", help="Weights & Biases")
-    flag("--run_name", help="Weights & Biases (default: the folder's name)")
-    data_flag, demo, evaluation, check = add_method_args(parser)
+    parser = argparse.ArgumentParser(
+        usage="python %(prog)s [flags]      (--help lists them)",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
+        allow_abbrev=False,
+    )
+    if rank() > 0:
+        parser.error = lambda message: sys.exit(time.sleep(1) or 2)  # the first process says it
+    flag = flag_group(parser, "training")
+    flag("--batch_size", 32, "samples per micro-batch and process", 1)
+    flag("--grad_accum", 1, "micro-batches per update", 1)
+    flag("--max_train_steps", 1000, "updates in all", 1)
+    flag("--lr --learning_rate", 1e-3, "peak learning rate")
+    flag("--min_lr_ratio", 0.1, "end of the cosine, in parts of --lr; 1: constant", 0, 1)
+    flag("--warmup_steps", 100, "updates of linear warm-up")
+    flag("--weight_decay", 0.1, "AdamW's, on matrices only")
+    flag("--beta1", 0.9, "AdamW's", 0, 0.999999)
+    flag("--beta2", 0.95, "AdamW's", 0, 0.999999)
+    flag("--grad_clip", 1.0, "largest norm of the gradient; 0: no limit")
+    flag("--ema_decay", 0.0, "of the averaged weights that are evaluated; 0: none", 0, 0.999999)
+    flag("--seed", 0, "of the weights, the order and the built-in world", 0, 2**32 - 1)
+    flag("--init_from", None, "start from the weights in this file: a run's best.pt or ckpt.pt, or published ones")
+    flag = flag_group(parser, "machine")
+    flag("--device", "auto", "auto (CUDA if there), cpu, cuda, mps, ...")
+    flag("--dtype", "auto", "auto: bfloat16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
+    flag("--compile", "auto", "torch.compile; auto: on CUDA", choices=["auto", "on", "off"])
+    flag("--grad_checkpoint", False, "recompute in the backward pass: the same gradient, less memory")
+    flag = flag_group(parser, "evaluation, output")
+    flag("--eval_interval", 500, "updates between evaluations", 1)
+    flag("--eval_samples", 0, "validation samples to use; 0: all")
+    flag("--log_interval", 100, "updates between lines of metrics.jsonl", 1)
+    flag("--save_interval", 500, "updates between checkpoints; 0: with best.pt only")
+    flag("--out_dir", None, f"folder of the run (default: a new out/{SCRIPT}-DATE-TIME)")
+    flag("--resume", False, "go on with the run in --out_dir, with its flags; start it where there is none")
+    flag("--eval_only", False, "evaluate the best checkpoint of the run in --out_dir")
+    flag("--wandb_mode", "disabled", "Weights & Biases", choices=["disabled", "offline", "online"])
+    flag("--wandb_project", "deep-supervision", "Weights & Biases")
+    flag("--run_name", None, "Weights & Biases (default: the folder's name)")
+    data_flags, demo, evaluation, check = add_method_args(parser)
     sizes = " ".join(f"--{name} {value}" for name, value in demo.items())
-    parser.epilog = f"Without --{data_flag} the demonstration has defaults of its own:\n{sizes}"
+    parser.epilog = f"Without --{data_flags[0]} the demonstration has defaults of its own:\n{sizes}"
 
-    defaults = vars(parser.parse_args([]))
-    unset = object()
-    parsed = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, unset))))
-    given = {name: value for name, value in parsed.items() if value is not unset}
-    for name in (name for name, value in given.items() if value == ""):
-        parser.error(f"--{name} is empty, expected a value")  # a shell variable that is not set
-    base, checkpoint = {} if given.get(data_flag) else demo, None
-    if given.get("resume") or given.get("eval_only"):
-        if "out_dir" not in given or given.get("resume") and (given.get("eval_only") or given.get("overwrite")):
-            parser.error(
-                "--resume or --eval_only needs the --out_dir of a run; --resume excludes --eval_only, --overwrite"
-            )
-        folder = Path(given["out_dir"])
-        names = ["best.pt", "ckpt.pt"] if given.get("eval_only") else ["ckpt.pt"]
-        path = next((folder / name for name in names if (folder / name).exists()), folder / "ckpt.pt")
-        checkpoint = load_checkpoint(path, script)
-        base = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "overwrite")}
-        free = MAY_CHANGE if given.get("resume") else MAY_CHANGE | evaluation | {data_flag, *EVALUATION}
-        for name, value in given.items():
-            if given.get("eval_only") and name in evaluation & checkpoint["config"].keys():
-                checkpoint["config"][name] = value  # a shape that any weights fit
-            if name not in free and value != base.get(name):
-                parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {base.get(name)}")
-    args = argparse.Namespace(**{**defaults, **base, **given})
-    if given.get("resume") and args.max_train_steps < checkpoint["step"]:
-        parser.error(f"--max_train_steps {args.max_train_steps} lies before the checkpoint's step {checkpoint['step']}")
-    check(args, given)
-    if args.out_dir is None:
-        args.out_dir = f"out/{script}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-    if checkpoint is None and not args.overwrite and any((Path(args.out_dir) / name).exists() for name in RUN_FILES):
-        parser.error(f"--out_dir {args.out_dir} holds a run; --resume continues it, --overwrite replaces it")
-    args.flags = vars(args).copy()  # as asked for, before auto is resolved: what the checkpoint and wandb keep
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args = parser.parse_args()
+    if args.out_dir is None and (args.resume or args.eval_only):
+        parser.error("--resume and --eval_only need the --out_dir of a run")
+    folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+    latest, best, checkpoint = folder / "ckpt.pt", folder / "best.pt", None
+    if args.eval_only or args.resume and latest.exists():
+        checkpoint = load_checkpoint(best if args.eval_only and best.exists() else latest)
+        parser.set_defaults(**checkpoint["args"])
+    elif not args.resume and (folder / "metrics.jsonl").exists():
+        parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
+    elif not getattr(args, data_flags[0]):
+        parser.set_defaults(**demo)
+    args = parser.parse_args()  # what is on the command line, over what was set above
+    if checkpoint:
+        free = {*MAY_CHANGE.split(), *data_flags}
+        if args.eval_only:
+            free |= {*evaluation, "eval_samples", "dtype"}
+        for name, value in checkpoint["args"].items():
+            if name not in free and value != (now := getattr(args, name)):
+                parser.error(f"--{name} {now} conflicts with the run in {folder}, which has {value}")
+    for name, value in vars(args).items():
+        if value == "":
+            parser.error(f"--{name} is empty, expected a value")  # a shell variable that is not set
+    check(args)
+    args.out_dir = str(folder)
+    args.flags = vars(args) | {"resume": False}  # as asked for, before auto is resolved: for the checkpoint and wandb
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = {"auto": cuda if torch.cuda.is_available() else "cpu", "cuda": cuda}.get(args.device, args.device)
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # every backend has its own way to say that it is not there
@@ -1056,11 +1033,7 @@ def parse_args():
     return args, checkpoint
 
 
-# ---- checkpoints ----
-
-RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")  # in the order in which --overwrite removes them
-CHECKPOINT_KEYS = {"script", "step", "config", "args", "model", "ema", "optimizer", "scaler", "rng", "state", "sums"}
-CHECKPOINT_KEYS |= {"split", "evaluated", "best", "seconds", "wandb_id"}
+# ---- files ----
 
 
 def write_atomically(path, write):
@@ -1076,25 +1049,63 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:  # torch.save has its own types
-        raise DataError(f"{path}: cannot be written ({first_line(error)}), expected a folder with room") from None
-    finally:
         temporary.unlink(missing_ok=True)  # a full disk keeps no half file
+        raise DataError(f"{path}: cannot be written ({first_line(error)}), expected a folder with room") from None
 
 
-def load_checkpoint(path, script):
-    """The checkpoint at path as a dict on the CPU. Raises DataError if it is none, or another script's."""
+def read_file(path, expected):
+    """What torch.save wrote to path, on the CPU. Raises DataError that says what was expected."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        written_by = checkpoint["script"]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file, expected the checkpoint of a run") from None
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # nothing else needs this package
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and zip errors come in many types
-        raise DataError(f"{path}: cannot be read ({first_line(error)}), expected the checkpoint of a run") from None
-    if written_by != script:
-        raise DataError(f"{path}: written by {written_by}.py, expected a checkpoint of {script}.py")
-    if missing := CHECKPOINT_KEYS - checkpoint.keys():
-        raise DataError(f"{path}: holds no {', '.join(sorted(missing))}, expected the checkpoint of a run")
-    return checkpoint
+        expected = "pip install safetensors" if isinstance(error, ImportError) else expected
+        raise DataError(f"{path}: cannot be read ({first_line(error)}), expected {expected}") from None
+
+
+def load_checkpoint(path):
+    """The checkpoint at path: see Run.save; its config is a Config. Raises DataError if it is none of this script's."""
+    checkpoint = read_file(path, "the checkpoint of a run")
+    try:
+        if checkpoint["script"] != SCRIPT:
+            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {SCRIPT}.py")
+        return checkpoint | {"config": Config(**checkpoint["config"])}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {SCRIPT}.py") from None
+
+
+def load_state(model, weights):
+    """Load weights, a dict of tensors by name. Raises ValueError that names what does not fit or is not finite."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"weight {name} is not finite, expected numbers")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(first_line(error)) from None
+
+
+def load_weights(model, path):
+    """--init_from: the weights of a checkpoint (the averaged ones where there are any), or published ones."""
+    weights = read_file(path, "weights saved by torch.save")
+    try:
+        for wrapper in ("ema", "model", "state_dict"):
+            weights = weights.get(wrapper) or weights
+        bare = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in weights.items()}
+        load_state(model, to_our_names(bare))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{path}: {first_line(error)}") from None
+
+
+def fingerprint(dataset, collate):
+    """Number of samples and a hash of the first, the middle and the last: enough to notice that they are others."""
+    size = size_of(dataset)
+    batch = make_batch(dataset, np.array([0, size // 2, size - 1]), {}, collate if isinstance(dataset, list) else None)
+    content = b"".join(value.numpy().tobytes() for value in batch.values())
+    return f"{size} samples, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 # ---- optimizer ----
@@ -1112,332 +1123,298 @@ def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused (one kernel for all parameters) where torch has it."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if (p.ndim >= 2) == matrices], "weight_decay": args.weight_decay * matrices}
+        for matrices in (True, False)
     ]
-    fused = True if args.device.startswith(("cpu", "cuda")) else None
+    fused = args.device.startswith(("cpu", "cuda")) or None
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=fused)
-
-
-# ---- log ----
-
-
-class Log:
-    """metrics.jsonl, Weights & Biases and the terminal. Only the first process writes."""
-
-    def __init__(self, args, describe, checkpoint):
-        self.args, self.describe, self.wandb = args, describe, None
-        self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
-        if rank() > 0:
-            return
-        self.path = Path(args.out_dir) / "metrics.jsonl"
-        if checkpoint and self.path.exists():
-            lines = self.older_lines(checkpoint)
-            write_atomically(self.path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
-        if args.wandb_mode != "disabled":
-            try:
-                import wandb
-
-                self.wandb = wandb.init(
-                    project=args.wandb_project,
-                    name=args.run_name or Path(args.out_dir).name,
-                    dir=args.out_dir,
-                    id=self.wandb_id,
-                    resume="allow",
-                    mode=args.wandb_mode,
-                    config=args.flags,
-                )
-            except Exception as error:
-                raise DataError(f"--wandb_mode {args.wandb_mode}: {first_line(error)}") from None
-            self.wandb_id = self.wandb.id
-        terminal = sys.stdout.isatty() and sys.stderr.isatty()
-        start = checkpoint["step"] if checkpoint else 0
-        self.bar = tqdm(total=args.max_train_steps, initial=start, disable=not terminal, dynamic_ncols=True)
-
-    def older_lines(self, checkpoint):
-        """The lines up to the checkpoint: what was logged after it will be logged again."""
-        newest, lines = {"train": checkpoint["step"], "val": checkpoint["evaluated"]}, []
-        for n, line in enumerate(whole := self.path.read_text(errors="replace").splitlines(), 1):
-            try:
-                record = json.loads(line)
-                if record["step"] <= newest.get(record["split"], -1):
-                    lines.append(line)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                if n < len(whole):  # the last one may be half: the process died while it wrote it
-                    raise DataError(f"{self.path}:{n}: cannot be read, expected JSON with step and split") from None
-        return lines
-
-    def write(self, step, split, metrics):
-        """One line: to the file, to wandb under the same names (val/ and final/ before theirs), and for people."""
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise DataError(f"step {step}: {split} {name} is {value}, expected a finite number")
-        if rank() > 0:
-            return
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error.strerror}), expected room for a line") from None
-        if self.wandb:
-            prefix = "" if split == "train" else split + "/"
-            self.wandb.log({prefix + name: value for name, value in metrics.items()}, step=step)
-        if split != "final":
-            text = f"Step {step}/{self.args.max_train_steps}, {split.capitalize()} {self.describe(metrics)}"
-            if self.bar.disable or split == "val":
-                self.say(text)
-            else:
-                self.bar.set_description_str(text)
-
-    def say(self, text):
-        if rank() == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def advance(self):
-        if rank() == 0:
-            self.bar.update()
-
-    def close(self):
-        if rank() == 0:
-            self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
 # ---- the run ----
 
 
-def fit(now, then, source):
-    """Raise DataError unless what the data and flags say (now, a dict) is what the checkpoint says (then)."""
-    for name, value in now.items():
-        if value != then.get(name):
-            raise DataError(f"{source}: {name} is {value!r}, expected {then.get(name)!r} as in the checkpoint")
+class Run:
+    """All that changes during a run, how it is logged and how it is saved."""
 
+    parts = ("model", "ema", "optimizer", "scaler")  # saved as state dicts
+    values = ("step", "sizes", "last", "best", "seconds", "sums", "wandb_id")  # saved as they are
+    step, seconds, wandb_id = 0, 0.0, None
+    last, best = {"step": -1}, {"loss": math.inf}  # metrics of the last and of the best validation
 
-def train(args, checkpoint):
-    """Train, evaluate, save: the whole loop in sight. Returns the exit code, 128 + the number of a signal after one."""
-    data, out_dir, accum = make_data(args), Path(args.out_dir), args.grad_accum
-    num_rows, size = args.batch_size * accum * world_size(), size_of(data["train"])
-    split = {"--batch_size * --grad_accum * processes": num_rows, "number of training samples": size}
-    split |= data.get("split", {})
-    if num_rows > size:
-        raise DataError(f"--batch_size * --grad_accum * processes is {num_rows}, expected at most {size}, all samples")
-    torch.manual_seed(args.seed)
-    model = Model(Config(**data["config"])).to(args.device)
-    if "init" in data and not checkpoint:
-        data["init"](model)
-    model.grad_checkpoint = args.grad_checkpoint
-    ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
-    optimizer = make_optimizer(model, args)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.dtype == "float16")
-    net = torch.compile(model) if args.compile == "on" else model
-    if dist.is_initialized():
-        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    def __init__(self, args, data, checkpoint):
+        self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
+        self.num_rows = args.batch_size * args.grad_accum * world_size()  # samples of an update
+        self.sizes = {"--batch_size * --grad_accum * processes": self.num_rows, **data.get("sizes", {})}
+        self.sizes |= {f"{split} data": fingerprint(data[split], data["collate"]) for split in ("train", "val")}
 
-    # All that changes during a run: the checkpoint holds it, so the resumed run is the one that was never interrupted.
-    step, evaluated, best, sums, states, seconds = 0, -1, {"loss": math.inf}, {}, [None] * accum, 0.0
-    if checkpoint:
-        fit(data["config"], checkpoint["config"], out_dir)
-        fit(split, checkpoint["split"], out_dir)
-        try:
-            model.load_state_dict(checkpoint["model"])
-            if ema:
-                ema.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{out_dir}: the checkpoint has other contents ({first_line(error)})") from None
-        step, evaluated, best, seconds = (checkpoint[name] for name in ("step", "evaluated", "best", "seconds"))
-        if len(checkpoint["sums"]) == world_size():  # with another number of processes the next line's means start anew
-            sums = checkpoint["sums"][rank()]
-        if checkpoint["state"]:
-            mine = {name: value.split(args.batch_size) for name, value in checkpoint["state"].items()}
-            for micro in range(accum):
-                states[micro] = {name: rows[rank() * accum + micro].to(args.device) for name, rows in mine.items()}
-        on_cpu, on_cuda = checkpoint["rng"][rank() % len(checkpoint["rng"])]
-        torch.set_rng_state(on_cpu)
-        if on_cuda is not None and args.device.startswith("cuda"):
-            torch.cuda.set_rng_state(on_cuda)
-    if rank() == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (out_dir / (name + ".tmp")).unlink(missing_ok=True)  # of a process killed while it wrote
-            if args.overwrite and not checkpoint:
-                (out_dir / name).unlink(missing_ok=True)
-    log = Log(args, data["describe"], checkpoint)
-    count = f"{sum(p.numel() for p in model.parameters()):,} parameters, {size:,} training samples"
-    log.say(f"{Path(__file__).stem}: {count}, {world_size()} x {args.device} {args.dtype} -> {out_dir}")
-
-    first_bad = torch.full((2,), -1, device=args.device)  # first update whose loss, gradient norm was not finite
-
-    def stop_if_broken():
-        for name, bad in zip(("loss", "grad_norm"), first_bad.tolist()):
-            if bad >= 0:
-                raise DataError(f"step {bad + 1}: train {name} is not finite, expected a number; the checkpoint stays")
-        if scaler.is_enabled() and scaler.get_scale() < 1:  # it has been halved at every update for a long time
-            raise DataError(f"step {step}: train grad_norm overflows float16, expected finite; try --dtype bfloat16")
-
-    def save(name):
-        stop_if_broken()
-        if not all(p.isfinite().all() for p in params):  # the last update's doing: its own loss was still a number
-            raise DataError(f"step {step}: train weights are not finite, expected numbers; the checkpoint stays")
-        on_cpu = [state and {key: value.cpu() for key, value in state.items()} for state in states]
-        rng = [torch.get_rng_state(), torch.cuda.get_rng_state() if args.device.startswith("cuda") else None]
-        mine = ({key: (float(total), float(n)) for key, (total, n) in sums.items()}, on_cpu, rng)
-        kept = [mine] * world_size()
+        torch.manual_seed(args.seed)
+        self.model = Model(data["config"]).to(args.device)
+        self.model.grad_checkpoint = args.grad_checkpoint
+        if args.init_from and not checkpoint:
+            load_weights(self.model, args.init_from)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay else None
+        self.optimizer = make_optimizer(self.model, args)
+        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.dtype == "float16")
+        self.net = torch.compile(self.model) if args.compile == "on" else self.model
         if dist.is_initialized():
-            dist.gather_object(mine, kept if rank() == 0 else None)
+            self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+
+        self.sums, self.carries = {}, [None] * args.grad_accum  # a carry for each micro-batch
+        if checkpoint:
+            self.restore(checkpoint)
+        self.open_log(checkpoint["log_size"] if checkpoint else 0)
+        self.loader = Loader(data["train"], self.num_rows, args.seed, args.device, data["collate"])
+        for micro in range(args.grad_accum):
+            self.request(micro, self.step)
+
+    def restore(self, checkpoint):
+        """Go on where the checkpoint was saved, on any number of processes: bit for bit the run that never stopped."""
+        for name, then in checkpoint["sizes"].items():
+            if then != (now := self.sizes[name]):
+                raise DataError(f"{self.out_dir}: {name} is {now}, expected {then} as in the checkpoint")
+        for name in self.parts:
+            if part := getattr(self, name):
+                part.load_state_dict(checkpoint[name])
+        for name in self.values:
+            setattr(self, name, checkpoint[name])
+        self.sums = self.sums if rank() == 0 else {}
+        for micro in range(self.args.grad_accum if checkpoint["carry"] else 0):
+            rows = (rank() * self.args.grad_accum + micro) * self.args.batch_size + torch.arange(self.args.batch_size)
+            self.carries[micro] = {name: x[rows].to(self.args.device) for name, x in checkpoint["carry"].items()}
+        torch.set_rng_state(checkpoint["rng"])
+
+    @torch.no_grad()
+    def save(self, name):
+        """Write everything to out_dir/name. Raises DataError, and keeps the file, where a number is not finite."""
+        sums = over_processes(self.sums)
+        lengths = torch._foreach_norm(list(self.model.parameters()))  # one wait for the GPU, not one for each
+        totals = {key: total for key, (total, _) in sums.items()}
+        require_finite(self.step, "train", totals | {"norm of the weights": float(torch.stack(lengths).sum())})
+        mine = {key: torch.cat([carry[key] for carry in self.carries]).cpu() for key in self.carries[0] or ()}
+        shards = gather(mine)
         if rank() > 0:
             return
-        in_order = [state for _, states, _ in kept for state in states]  # by rows, however they are split
         contents = {
-            "script": Path(__file__).stem,
-            "step": step,
-            "config": dataclasses.asdict(model.config),
-            "args": args.flags,
-            "model": model.state_dict(),
-            "ema": ema.state_dict() if ema else None,
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "rng": [rng for _, _, rng in kept],
-            "state": in_order[0] and {key: torch.cat([state[key] for state in in_order]) for key in in_order[0]},
-            "sums": [sums for sums, _, _ in kept],
-            "split": split,
-            "evaluated": evaluated,
-            "best": best,
-            "seconds": seconds,
-            "wandb_id": log.wandb_id,
+            "script": SCRIPT,
+            "config": dataclasses.asdict(self.model.config),
+            "args": self.args.flags,
+            **{key: part and part.state_dict() for key in self.parts for part in [getattr(self, key)]},
+            **{key: getattr(self, key) for key in self.values},
+            "sums": sums,
+            "carry": {key: torch.cat([shard[key] for shard in shards]) for key in mine},  # all rows in order
+            "rng": torch.get_rng_state(),  # nothing here draws on the GPU
+            "log_size": self.log_path.stat().st_size,
         }
-        write_atomically(out_dir / name, lambda file: torch.save(contents, file))
+        write_atomically(self.out_dir / name, lambda file: torch.save(contents, file))
 
-    loader = Loader(data["train"], num_rows, args.seed, args.device, data["collate"])
-
-    def request(micro, step):
+    def request(self, micro, step):
         """Order what a micro-batch of update `step` needs: a sample for every row, or for the rows that halted."""
-        first, state = (rank() * accum + micro) * args.batch_size, states[micro]
-        turns = torch.full((args.batch_size,), step) if state is None else state["turn"]
-        loader.request(first, turns, None if state is None else state["halted"])
+        args, carry = self.args, self.carries[micro]
+        first_row = (rank() * args.grad_accum + micro) * args.batch_size
+        drawn = carry["drawn"] if carry else torch.full((args.batch_size,), step)
+        self.loader.request(first_row, drawn, carry and carry["halted"])
 
-    for micro in range(accum):
-        request(micro, step)
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one ends the run in good order, a second one at once
-        signal.signal(number, lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL)))
-    start, metrics, clock = step, None, time.perf_counter() - seconds
+    @torch.no_grad()
+    def average(self):
+        """Move the averaged weights towards the weights; at first faster, or the first ones would stay in them."""
+        if self.ema:
+            decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def open_log(self, size):
+        """metrics.jsonl, of which size bytes belong to the run so far, Weights & Biases, the progress bar."""
+        args, self.log_path, self.wandb = self.args, self.out_dir / "metrics.jsonl", None
+        disable = None if rank() == 0 and sys.stdout.isatty() else True  # None: where stderr is no terminal
+        self.bar = tqdm(total=args.max_train_steps, initial=self.step, disable=disable, dynamic_ncols=True)
+        if rank() > 0:
+            return
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.log_path, "ab") as file:
+            file.truncate(min(size, file.tell()))  # what was logged after the checkpoint will be logged again
+        if args.wandb_mode != "disabled":
+            os.environ["WANDB_MODE"] = args.wandb_mode  # an empty one would be an error
+            import wandb
+
+            self.wandb = wandb.init(
+                project=args.wandb_project,
+                name=args.run_name or self.out_dir.name,
+                dir=args.out_dir,
+                id=self.wandb_id,
+                resume="allow",
+                config=args.flags,
+            )
+            self.wandb_id = self.wandb.id
+
+    def log(self, split, metrics):
+        """One line: to the file, to wandb under the same names (val/ and final/ before theirs), and for people."""
+        require_finite(self.step, split, metrics)
+        if rank() > 0:
+            return
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps({"step": self.step, "split": split, **metrics}) + "\n")
+        except OSError as error:
+            raise DataError(f"{self.log_path}: cannot be written ({error.strerror}), expected room") from None
+        if self.wandb:
+            prefix = "" if split == "train" else split + "/"
+            self.wandb.log({prefix + name: value for name, value in metrics.items()}, step=self.step)
+        text = f"Step {self.step}/{self.args.max_train_steps}, {split.capitalize()} {self.data['describe'](metrics)}"
+        if split == "train" and not self.bar.disable:
+            self.bar.set_description_str(text)
+        elif split != "final":
+            say(text)
+
+    def validate(self):
+        """Evaluate and log. Returns whether the loss is the lowest so far; then best.pt is saved."""
+        require_finite(self.step, "train", means(self.sums))
+        metrics = evaluate((self.ema or self.model).eval(), self.data, self.args)
+        self.model.train()
+        self.log("val", metrics)
+        self.last = {**metrics, "step": self.step}
+        if better := metrics["loss"] < self.best["loss"]:
+            self.best = self.last
+            self.save("best.pt")
+        return better
+
+    def finish(self):
+        """The closing line and table."""
+        self.bar.close()
+        if rank() == 0:
+            final = self.last | {f"best_{name}": value for name, value in self.best.items()} | self.data["baselines"]()
+            self.log("final", final)
+            say(self.data["report"](final))
+            say(f"best checkpoint: {self.out_dir}/best.pt, of step {self.best['step']}")
+
+
+def shares(batches):
+    """What part of the update each micro-batch is: an update is one mean over all it holds, in all processes.
+
+    A batch with more tokens weighs more: it says how much it holds (counts: float [k], a number for each part of the
+    loss). Batches that say nothing hold the same. DistributedDataParallel divides by the number of processes.
+    """
+    if "counts" not in batches[0]:
+        return [1 / len(batches)] * len(batches)
+    counts = [batch.pop("counts") for batch in batches]
+    total = all_reduce(sum(counts)).clamp(min=1) / world_size()
+    return [count / total for count in counts]
+
+
+def train(run):
+    """The loop. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
+    args, net, optimizer, scaler = run.args, run.net, run.optimizer, run.scaler
     while True:
-        seconds = time.perf_counter() - clock  # of training, without evaluating and saving
-        done = step == args.max_train_steps
-        stop = int(all_reduce(torch.tensor(received[-1] if received else 0), dist.ReduceOp.MAX))
-        better = False
-        if evaluated < step and (done or step % args.eval_interval == 0 and not stop):
-            stop_if_broken()
-            metrics = evaluate((ema or model).eval(), data, args)
-            model.train()
-            log.write(step, "val", metrics)
-            evaluated = step
-            better = metrics["loss"] < best["loss"]
-            if better:
-                best = {**metrics, "step": step}
-                save("best.pt")
-        if better or done or stop or (args.save_interval and step % args.save_interval == 0 and step > start):
-            save("ckpt.pt")  # with a new best.pt too: the two belong together
-        if done or stop:
-            break
-        clock = time.perf_counter() - seconds
+        # Evaluate, save, leave. A signal ends the run here, after a whole update.
+        done, stop, better = run.step >= args.max_train_steps, received_signal(), False
+        if run.last["step"] < run.step and (done or run.step % args.eval_interval == 0):
+            try:
+                better = run.validate()
+            except Stopped as stopped:  # half an evaluation is none: the resumed run begins with it
+                (stop,) = stopped.args
+        if better or done or stop or args.save_interval and run.step % args.save_interval == 0:
+            run.save("ckpt.pt")  # with a new best.pt too: the two belong together
+        if done and run.last["step"] == run.step:
+            run.finish()
+            return 0
+        if stop:
+            run.bar.close()
+            launcher = "python" if world_size() == 1 else f"torchrun --nproc_per_node {world_size()}"
+            where = shlex.quote(args.out_dir)
+            say(f"stopped after step {run.step}; go on with: {launcher} {SCRIPT}.py --resume --out_dir {where}")
+            return 128 + stop
 
-        batches = [loader.next() for _ in range(accum)]
-        # An update is a mean over all it holds, so a micro-batch with more tokens weighs more. Data that do not say how
-        # much they hold (counts: float [k], a number for each part of the loss) hold the same in every micro-batch.
-        counts = [batch.pop("counts") for batch in batches if "counts" in batch]
-        total = all_reduce(sum(counts)).clamp(min=1) / world_size() if counts else accum  # DDP divides by the processes
+        # Fetch and accumulate.
+        start = time.perf_counter()
+        batches = [run.loader.next() for _ in range(args.grad_accum)]
+        lr = learning_rate(run.step, args)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        update_loss = 0.0
-        for micro, batch in enumerate(batches):
-            net.require_backward_grad_sync = micro == accum - 1  # before the forward pass: that is when DDP looks
-            batch |= {"step": step, "share": counts[micro] / total if counts else 1 / total}
+            group["lr"] = lr
+        for micro, (batch, share) in enumerate(zip(batches, shares(batches))):
+            net.require_backward_grad_sync = micro == args.grad_accum - 1  # before the forward pass: DDP looks then
+            batch |= {"step": run.step, "share": share}
             with autocast(args):
-                loss, pairs, states[micro] = compute_loss(net, batch, states[micro], args)
-            request(micro, step + 1)  # made in the background during the backward pass
+                loss, sums, run.carries[micro] = compute_loss(net, batch, run.carries[micro], args)
+            run.request(micro, run.step + 1)  # made in the background during the backward pass
             scaler.scale(loss).backward()
-            update_loss = update_loss + loss.detach()
-            add(sums, pairs)
+            add_sums(run.sums, sums)
+
+        # Step.
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if ema:  # younger averages forget faster, or the first weights would stay in them
-            decay = min(args.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
-        finite = torch.stack([update_loss, norm]).isfinite()
-        finite[1] |= scaler.is_enabled()  # float16 gradients overflow now and then: the scaler skips that update
-        first_bad = torch.where(finite | (first_bad >= 0), first_bad, step)
-        add(sums, {"grad_norm": (norm.nan_to_num(0.0, 0.0, 0.0), norm.isfinite().float())})
-        step += 1
-        log.advance()
-        if step == 1 or step % args.log_interval == 0 or step == args.max_train_steps:
-            stop_if_broken()
-            line = {"lr": learning_rate(step - 1, args), "samples": step * num_rows}
-            log.write(step, "train", means(sums) | line | {"seconds": time.perf_counter() - clock})
-            sums = {}
+        run.average()
+        run.step += 1
+        run.bar.update()
 
-    if stop and not done:
-        launcher = "python" if world_size() == 1 else f"torchrun --nproc_per_node {world_size()}"
-        command = f"{launcher} {Path(__file__).name} --resume --out_dir {shlex.quote(str(out_dir))}"
-        log.say(f"stopped after step {step}; go on with: {command}")
-        log.close()
-        return 128 + stop
-    final = metrics or evaluate((ema or model).eval(), data, args)
-    if rank() == 0:
-        final |= {f"best_{name}": value for name, value in best.items()} | data["baselines"]()
-        log.write(step, "final", final)
-        log.say(data["report"](final))
-        log.say(f"best checkpoint: {out_dir}/best.pt, of step {best['step']}")
-    log.close()
+        # Log. A number that is not finite ends the run at the next line, evaluation or save.
+        overflow = ~norm.isfinite() & scaler.is_enabled()  # of float16, now and then: the scaler skips that update
+        add_sums(run.sums, {"grad_norm": (norm.masked_fill(overflow, 0.0), (~overflow).float())})
+        due = run.step == 1 or run.step % args.log_interval == 0 or run.step == args.max_train_steps
+        metrics = means(run.sums) if due else {}  # waits for the GPU
+        run.seconds += time.perf_counter() - start  # without evaluating and saving
+        if due:
+            run.log("train", metrics | {"lr": lr, "samples": run.step * run.num_rows, "seconds": run.seconds})
+            run.sums = {}
+
+
+def first_to_fail():
+    """Whether no other process has failed before this one: it alone says why."""
+    if not dist.is_initialized():
+        time.sleep(min(rank(), 1))  # torchrun ends the others when one has ended
+        return rank() == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the process that counted is gone
+        return False
+
+
+def launch():
+    """Evaluate or train, as the flags say. Returns the exit code."""
+    args, checkpoint = parse_args()
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    if world_size() > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
+    data = make_data(args, checkpoint and checkpoint["config"])
+    if not args.eval_only:
+        run = Run(args, data, checkpoint)
+        sizes = f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples"
+        say(f"{sizes}, {world_size()} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}")
+        with catch_signals():
+            return train(run)
+    model = Model(data["config"]).to(args.device).eval()
+    load_state(model, checkpoint["ema"] or checkpoint["model"])
+    if "predict" in data:
+        say(data["predict"](model))
+    else:
+        metrics = evaluate(model, data, args)
+        if rank() == 0:
+            say(data["report"](metrics | data["baselines"]()))
     return 0
 
 
 def main():
-    message, code = None, 0
+    message = None
     try:
-        args, checkpoint = parse_args()
-        if args.device.startswith("cuda"):
-            torch.cuda.set_device(args.device)
-            torch.set_float32_matmul_precision("high")  # TF32
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
-            try:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
-            except ValueError as error:
-                raise DataError(f"WORLD_SIZE is set: {first_line(error)}; expected torchrun to set them all") from None
-            dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
-        if args.eval_only:
-            data = make_data(args)
-            model = Model(Config(**checkpoint["config"])).to(args.device).eval()
-            if data["config"]:
-                fit(data["config"], checkpoint["config"], args.out_dir)
-            model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-            metrics = evaluate(model, data, args)
-            if rank() == 0:
-                print(data["report"](metrics | data["baselines"]()))
-        else:
-            code = train(args, checkpoint)
+        code = launch()
     except KeyboardInterrupt:  # before training has begun; from then on the run ends in good order
         code = 130
     except Exception as error:
         code = 1
         if isinstance(error, (DataError, OSError)):
             message = f"error: {error}"
-        elif "gloo" in str(error) or "NCCL" in str(error):
-            message = f"error: process {rank()} lost another one, which says why: {first_line(error)}"
         elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             message = f"error: {first_line(error)}; a smaller --batch_size or --grad_checkpoint needs less memory"
         elif dist.is_initialized():
             message = traceback.format_exc()
         else:
             raise
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(exit_code=int(message is not None))
+    message = message if message and first_to_fail() else None
     if dist.is_initialized():  # no tidying up: freed in the wrong order, gloo and torch wait for each other's threads
         if message:
             print(message, file=sys.stderr)
@@ -1448,4 +1425,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # what a terminal cannot show becomes a ?
     main()
