@@ -12,7 +12,6 @@ samples of uneven length that a collate function turns into a batch. Three rules
 """
 
 import functools
-import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -146,7 +145,7 @@ def background(device):
 def to_device(batch, device):
     """The batch on the device, copied without waiting from pinned memory alone: other memory may be freed too early."""
     pinned = torch.device(device).type == "cuda"
-    return {name: value.to(device, non_blocking=pinned) for name, value in batch.items()}
+    return batch and {name: value.to(device, non_blocking=pinned) for name, value in batch.items()}
 
 
 class Loader:
@@ -201,16 +200,19 @@ class Loader:
 def fixed_batches(dataset, batch_size, device, rank=0, world=1, limit=0, collate=None):
     """Yield every sample once (the first `limit` of them if limit > 0), in order; the last batch may be smaller.
 
-    This process gets batches rank, rank + world, ... of the whole pass.
+    This process gets batches rank, rank + world, ... of the whole pass, and None in the last round if there it has
+    none: every process goes through the same number of rounds.
     """
     size = min(size_of(dataset), limit or size_of(dataset))
     pin = torch.device(device).type == "cuda"
+
+    def make(first):
+        index = np.arange(first, min(first + batch_size, size))
+        return make_batch(dataset, index, {}, collate, pin) if len(index) else None
+
     with background(device) as thread:
         ahead = None
-        for start in itertools.chain(range(rank * batch_size, size, world * batch_size), [None]):
-            now, ahead = ahead, None
-            if start is not None:
-                index = np.arange(start, min(start + batch_size, size))
-                ahead = thread.submit(make_batch, dataset, index, {}, collate, pin)
-            if now is not None:
+        for first in [*range(rank * batch_size, size + rank * batch_size, world * batch_size), None]:
+            now, ahead = ahead, None if first is None else thread.submit(make, first)
+            if now:
                 yield to_device(now.result(), device)

@@ -71,8 +71,10 @@ class Config:
     halt_position: int = 0  # which position the halting head reads; the paper's is the first
     learn_init: bool = True  # H_init and L_init; only deep supervision brings a gradient to them
     seq_len: int = 0  # embeddings read at once in training; says nothing about the shape
-    # Of input_embeddings and labels: [mean (D floats), scale]. The model sees (x - mean) / scale; {} leaves x as it is.
-    normalization: dict = dataclasses.field(default_factory=dict)
+    # Mean (D floats) and scale of each tensor: the model sees (x - mean) / scale.
+    normalization: dict = dataclasses.field(
+        default_factory=lambda: {"input_embeddings": (0.0, 1.0), "labels": (0.0, 1.0)}
+    )
 
     def __post_init__(self):
         if self.hidden_size % (2 * self.num_heads):
@@ -87,16 +89,14 @@ class Config:
 
         vocab_size is an embedding's size there. Raises DataError for what cannot be built.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        sizes = dict.fromkeys(("input_size", "output_size"), names.get("vocab_size", cls.input_size))
-        return cls(**sizes | {name: value for name, value in names.items() if name in known})
+        size = names.get("vocab_size", cls.input_size)
+        known = {name: value for name, value in names.items() if name in cls.__dataclass_fields__}
+        return cls(**{"input_size": size, "output_size": size} | known)
 
 
 def rms_norm(x):
     """n(x) = x / rms(x), computed in float32, without a gain. x: [..., D] of any float dtype."""
-    x32 = x.float()
-    mean_square = x32.norm(dim=-1, keepdim=True).square() / x.shape[-1]  # a third faster than x32.square().mean(-1)
-    return (x32 * torch.rsqrt(mean_square + 1e-5)).to(x.dtype)
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
 
 
 def rotary(positions, d):
@@ -148,13 +148,13 @@ class Model(nn.Module):
         self.config = c = Config.from_dict(config) if isinstance(config, dict) else config
         self.grad_checkpoint = False
         # Sentences of another size than the network's are projected; the published model has no such layer.
-        project = c.input_size != c.hidden_size
-        self.embed = nn.Linear(c.input_size, c.hidden_size, bias=False) if project else nn.Identity()
+        same = c.input_size == c.hidden_size
+        self.embed = nn.Identity() if same else nn.Linear(c.input_size, c.hidden_size, bias=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.L_layers))
         self.lm_head = nn.Linear(c.hidden_size, c.output_size, bias=False)
         self.q_head = nn.Linear(c.hidden_size, 1)
-        self.H_init = nn.Parameter(torch.empty(c.hidden_size), requires_grad=c.learn_init)
-        self.L_init = nn.Parameter(torch.empty(c.hidden_size), requires_grad=c.learn_init)
+        states = (nn.Parameter(torch.empty(c.hidden_size), requires_grad=c.learn_init) for _ in range(2))
+        self.H_init, self.L_init = states
         for p in self.parameters():
             std = p.shape[-1] ** -0.5 if p.ndim == 2 else 1.0
             std /= 0.87962566  # what a normal cut at two standard deviations has left of its own
@@ -168,8 +168,8 @@ class Model(nn.Module):
         batch: input_embeddings [B, T, D_in]; in training also labels [B, T, D_out] and perhaps min_steps int32 [B].
         """
         inputs = batch["input_embeddings"]
-        zeros = torch.zeros(*inputs.shape[:2], self.config.hidden_size, device=inputs.device)
-        steps = torch.zeros(len(inputs), dtype=torch.int32, device=inputs.device)
+        zeros = inputs.new_zeros(*inputs.shape[:2], self.config.hidden_size, dtype=torch.float32)
+        steps = inputs.new_zeros(len(inputs), dtype=torch.int32)
         data = {name: torch.zeros_like(batch[name]) for name in DATA if name in batch}
         return {"z_H": zeros, "z_L": zeros, "steps": steps, "halted": steps == 0, **data}
 
@@ -238,9 +238,8 @@ class Model(nn.Module):
         # In float32 always. The head reads a detached state: a cross-entropy of .3 beside an MSE of .03 would own z_H
         # (built-in world, 2,500 updates at lr 2e-3, seeds 0 and 1: .998 exact detached, .934 not).
         q = (z_H[:, c.halt_position].detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
-        stop = steps >= c.halt_max_steps
-        if self.training:
-            stop = stop | ((q.detach() > 0) & (steps >= data.get("min_steps", 1)))
+        sure = (q.detach() > 0) & (steps >= data.get("min_steps", 1)) & self.training
+        stop = sure | (steps >= c.halt_max_steps)
         state = {"z_H": z_H.detach().float(), "z_L": z_L.detach().float(), "steps": steps, "halted": stop}
         outputs = {"logits": intermediate[-1], "intermediate_logits": intermediate, "latent_logits": latent}
         return {**carry, **data, **state}, {**outputs, "q_halt_logits": q}
@@ -285,23 +284,21 @@ def supervision_weights(num_steps, schedule, base_weight):
     such as "0.3,0.4,0.7,1.0" that is used as it stands. Raises ValueError for anything else.
     """
     last = num_steps - 1
-    if schedule == "constant":
-        weights = [base_weight] * last
-    elif schedule == "linear_decay":
-        weights = [base_weight * (i + 1) / num_steps for i in range(last)]
-    elif schedule == "exponential_decay":
-        weights = [base_weight * 2**i / 2**last for i in range(last)]
-    elif schedule == "u_shaped":
-        weights = [1.0 if i == 0 else base_weight * 0.5 for i in range(last)]
-    else:
-        try:
-            weights = [float(weight) for weight in schedule.split(",")]
-        except ValueError:
-            raise ValueError(f"unknown schedule {schedule!r}") from None
-        if len(weights) != num_steps or not all(0 <= w < float("inf") for w in weights) or weights[-1] == 0:
-            raise ValueError(f"schedule {schedule!r}: expected {num_steps} weights of 0 or more, the last above 0")
-        return weights
-    return weights + [1.0]
+    formulas = {
+        "constant": lambda i: base_weight,
+        "linear_decay": lambda i: base_weight * (i + 1) / num_steps,
+        "exponential_decay": lambda i: base_weight * 2**i / 2**last,
+        "u_shaped": lambda i: base_weight * 0.5 if i else 1.0,
+    }
+    if schedule in formulas:
+        return [formulas[schedule](i) for i in range(last)] + [1.0]
+    try:
+        weights = [float(weight) for weight in schedule.split(",")]
+    except ValueError:
+        raise ValueError(f"unknown schedule {schedule!r}") from None
+    if len(weights) != num_steps or not all(0 <= w < float("inf") for w in weights) or weights[-1] == 0:
+        raise ValueError(f"schedule {schedule!r}: expected {num_steps} weights of 0 or more, the last above 0")
+    return weights
 
 
 def compute_deep_supervision_loss(intermediate_logits, labels, weight_schedule, base_weight, curriculum=1.0):
@@ -335,23 +332,6 @@ def next_sentence(story, t, j2):
     return np.roll(u, 1, 1) ^ (u | np.roll(u, -1, 1))
 
 
-def make_stories(openings):
-    """Flashback stories: opening states uint8 [N, 16] -> uint8 [N, 13, 16], the opening first.
-
-    The state s lies on a ring. The pointer d(s) = 1 + 2 s[0] + s[1] says how far back to look: j1 = max(0, t - d(s_t)),
-    then j2 = max(0, j1 - d(s_j1)). Even bits of u come from s_t, odd ones from s_j2, and the next state is
-    s_{t+1}[i] = u[i-1] XOR (u[i] OR u[i+1]). So the past determines everything, and the irreducible loss is zero.
-    """
-    n, story = np.arange(len(openings)), np.zeros((len(openings), STORY_SENTENCES, BITS), np.uint8)
-    story[:, 0] = openings
-    for t in range(STORY_SENTENCES - 1):
-        j = np.full(len(n), t)
-        for _ in range(2):
-            j = np.maximum(0, j - 1 - 2 * story[n, j, 0].astype(int) - story[n, j, 1])
-        story[:, t + 1] = next_sentence(story, t, j)
-    return story
-
-
 @functools.lru_cache
 def codebook(seed, device="cpu"):
     """Q float32 [16, 96], orthonormal rows drawn from the seed: a sentence reads (2s - 1) @ Q * sqrt(96 / 16)."""
@@ -361,11 +341,22 @@ def codebook(seed, device="cpu"):
 
 @functools.lru_cache
 def make_world():
-    """Datasets of the built-in world as bits, uint8 [N, 13, 16]: all 65,536 openings, about one in 16 held out."""
-    number = np.arange(2**BITS, dtype=np.int64)
-    held_out = ((number * 2654435761) >> 7) % 16 == 0
-    stories = make_stories((number[:, None] >> np.arange(BITS)).astype(np.uint8) & 1)
-    return {"bits": stories[~held_out]}, {"bits": stories[held_out]}
+    """Datasets of flashback stories as bits, uint8 [N, 13, 16]: all 65,536 openings, about one in 16 held out.
+
+    The state s lies on a ring. The pointer d(s) = 1 + 2 s[0] + s[1] says how far back to look: j1 = max(0, t - d(s_t)),
+    then j2 = max(0, j1 - d(s_j1)). Even bits of u come from s_t, odd ones from s_j2, and the next state is
+    s_{t+1}[i] = u[i-1] XOR (u[i] OR u[i+1]). So the past determines everything, and the irreducible loss is zero.
+    """
+    n = np.arange(2**BITS)
+    story = np.zeros((len(n), STORY_SENTENCES, BITS), np.uint8)
+    story[:, 0] = n[:, None] >> np.arange(BITS) & 1
+    for t in range(STORY_SENTENCES - 1):
+        j = t
+        for _ in range(2):
+            j = np.maximum(0, j - 1 - 2 * story[n, j, 0].astype(int) - story[n, j, 1])
+        story[:, t + 1] = next_sentence(story, t, j)
+    held_out = ((n * 2654435761) >> 7) % 16 == 0
+    return {"bits": story[~held_out]}, {"bits": story[held_out]}
 
 
 def read_tensors(path):
@@ -377,8 +368,7 @@ def read_tensors(path):
             path, mmap_mode="r"
         )  # numpy keeps a file open for each map (1,024 are a common limit), torch none
         content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
-        order = "F" if head.flags.f_contiguous else "C"
-        array = np.ndarray(head.shape, head.dtype, content, head.offset, order=order)
+        array = np.ndarray(head.shape, head.dtype, content, head.offset, head.strides)
         return torch.from_numpy(array.astype(head.dtype.newbyteorder("="), copy=False))  # other byte orders: copied
     except Exception as error:  # unpickling and zip errors come in many types
         expected = "a tensor saved by torch.save or np.save"
@@ -405,27 +395,26 @@ def open_folder(folder):
     Without validation files the last tenth of the training sequences is held out (the last, not a random tenth:
     neighbours in a text stay on one side). Raises DataError for a file that is missing, unreadable or of another shape.
     """
-    folder, datasets, first = Path(folder), {}, None
+    folder, datasets, first = Path(folder), [], None
     for split in ("train", "val"):
-        paths, arrays = {}, {}
+        paths = {}
         for path in sorted(folder.glob(f"{split}_embeddings_chunk_*")):
             if match := re.fullmatch(r".*_(\d+)\.(pt|npy)", path.name):
                 twin = paths.setdefault(int(match[1]), path)
                 if twin != path:
                     raise DataError(f"{path}: the same chunk as {twin.name}, expected one of the two")
+        if paths and len(paths) <= max(paths) - min(paths):
+            say(f"{folder}: some {split} chunks are missing, {len(paths)} are numbered {min(paths)} to {max(paths)}")
         files = [paths[n] for n in sorted(paths)]
-        if files and len(files) <= max(paths) - min(paths):
-            say(f"{folder}: some {split} chunks are missing, {len(files)} are numbered {min(paths)} to {max(paths)}")
-        for path in files:
-            chunk = open_chunk(path)
-            shapes = {name: list(tensor.shape[1:]) for name, tensor in chunk.items()}
+        chunks = [open_chunk(path) for path in files]
+        for path, chunk in zip(files, chunks):
+            shapes = {name: list(x.shape[1:]) for name, x in chunk.items()}
             first = first or shapes
             if shapes != first:
                 raise DataError(f"{path}: samples of shape {shapes}, expected {first} as in the first file")
-            for name, tensor in chunk.items():
-                arrays.setdefault(name, []).append(tensor)
-        datasets[split] = {name: Concat(tensors, files) for name, tensors in arrays.items()}
-    train, val = datasets["train"], datasets["val"]
+        names = first if files else ()
+        datasets.append({name: Concat([chunk[name] for chunk in chunks], files) for name in names})
+    train, val = datasets
     if not train or size_of(train) < 2:
         raise DataError(f"{folder}: no training sequences, expected two or more in train_embeddings_chunk_0.pt or .npy")
     if not val:
@@ -459,20 +448,12 @@ def predicts_next(dataset):
 def measure(array):
     """[mean, scale] of embeddings [N, T, D], as D floats and a float: (x - mean) / scale has mean square 1.
 
-    From at most 1,024 of the sequences, spread over all and read one at a time.
+    From a sample of at most 2^24 numbers, spread over all of them.
     """
-    count, total, squares = 0, 0.0, 0.0
-    for i in range(0, len(array), 1 + len(array) // 1024):
-        x = array[np.array([i])][0].double()
-        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
-    mean = total / count
-    variance = (squares / count - mean.square()).mean()
-    return [mean.tolist(), max(variance.item(), 1e-30) ** 0.5]
-
-
-def shift(config, name):
-    """The mean [D] or 0.0, and the scale, by which the model sees `name`: (x - mean) / scale. Float32 tensors."""
-    return [torch.tensor(value) for value in config.normalization.get(name, (0.0, 1.0))]
+    step = 1 + len(array) * array[np.arange(1)].numel() // 2**24
+    sample = array[np.arange(0, len(array), step)].double().flatten(0, 1)
+    mean = sample.mean(0)
+    return [mean.tolist(), (sample - mean).square().mean().sqrt().item()]
 
 
 def pairs(picked, seed):
@@ -493,17 +474,16 @@ def make_data(args, config=None):
     if args.predict:  # reads its own file
         return {"config": config, "predict": lambda model: predict(model, args)}
     train, val = open_folder(args.data_folder) if args.data_folder else make_world()
-    inputs, labels = pairs({name: array[np.array([0])] for name, array in train.items()}, args.seed).values()
-    facts = {"input_size": inputs.shape[2], "output_size": labels.shape[2], "causal": predicts_next(train)}
+    inputs, labels = pairs({name: array[np.arange(1)] for name, array in train.items()}, args.seed).values()
+    (_, T, D), causal = inputs.shape, predicts_next(train)
+    facts = {"input_size": D, "output_size": labels.shape[2], "causal": causal}
     if config is None:
-        more = {"hidden_size": args.hidden_size or inputs.shape[2], "seq_len": inputs.shape[1]}
-        more["halt_position"] = (
-            -1 if facts["causal"] else 0
-        )  # the first one of a causal model has seen one sentence only
+        # The first position of a causal model has seen one sentence only.
+        more = {"hidden_size": args.hidden_size or D, "halt_position": -1 if causal else 0, "seq_len": T}
         more["learn_init"] = args.enable_deep_supervision
         if args.data_folder and args.normalize:
             moments = [measure(array) for array in train.values()]
-            more["normalization"] = {"input_embeddings": moments[0], "labels": moments[0 if facts["causal"] else 1]}
+            more["normalization"] = {"input_embeddings": moments[0], "labels": moments[0 if causal else 1]}
         config = Config.from_dict(vars(args) | facts | more)
     # --eval_only may change the cycles: any weights fit.
     config = dataclasses.replace(config, **{name: getattr(args, name) for name in CYCLES})
@@ -514,12 +494,10 @@ def make_data(args, config=None):
     def collate(picked, extra):
         batch = pairs(picked, args.seed)
         if (batch["labels"][:, -1] == 0).all(-1).any():  # would count as sentences
-            raise DataError(
-                f"{args.data_folder}: a sequence ends in zeros, expected windows of one length, not padding"
-            )
+            raise DataError(f"{args.data_folder}: a sequence ends in zeros, expected equal windows without padding")
         for name in batch:
-            mean, scale = shift(config, name)
-            batch[name] = (batch[name] - mean) / scale
+            mean, scale = config.normalization[name]
+            batch[name] = (batch[name] - torch.tensor(mean)) / scale
         if "rows" in extra:
             explore = hash64(extra["position"], args.seed + 1) / 2**64 < args.halt_exploration_prob
             more = 2 + hash64(extra["position"], args.seed + 2) % np.uint64(max(args.halt_max_steps - 1, 1))
@@ -559,8 +537,7 @@ def report(metrics):
         if prefix + "exact_acc" in metrics:
             loss = f"{metrics[prefix + 'loss']:8.4f}" if prefix + "loss" in metrics else f"{'-':>8}"
             lines.append(f"{title:42}{loss}{metrics[prefix + 'exact_acc']:8.4f}")
-    steps = re.search(r"\[.*\]", describe(metrics))[0]
-    return "\n".join([*lines, f"after each H cycle: Steps: {steps}"])
+    return "\n".join([*lines, f"after each H cycle: {describe(metrics).split(' | ')[1]}"])
 
 
 def scores(prediction, labels, args, prefix=""):
@@ -601,8 +578,8 @@ def is_right(prediction, labels, args):
         cosine = F.cosine_similarity(prediction, labels, dim=-1)
         return cosine >= args.halt_cosine, cosine.mean(1) >= args.halt_cosine
     Q = codebook(args.seed, labels.device)
-    decoded = [(x[..., None, :] * Q).sum(-1) > 0 for x in (prediction, labels)]  # no matmul: autocast would round it
-    right = (decoded[0] == decoded[1]).all(-1)
+    guess, truth = ((x[..., None, :] * Q).sum(-1) > 0 for x in (prediction, labels))  # autocast rounds a matmul
+    right = (guess == truth).all(-1)
     return right, right.all(1)
 
 
@@ -645,18 +622,18 @@ def compute_loss(model, batch, carry, args):
 def answer(model, batch, diagnose=False, halt=False):
     """Outputs after all halt_max_steps supervision steps; diagnose adds what each cycle of the last one answers.
 
-    halted_logits [B, T, D_out], halted_steps [B]: of each row's first step where q > 0. halt: stop when all are sure.
+    And halted_logits [B, T, D_out], halted_steps int [B]: with halt, of each row's first step where q > 0.
     """
     carry, steps = model.initial_carry(batch), model.config.halt_max_steps
     running, halted_steps, halted_logits = carry["halted"], carry["steps"], 0.0
     for step in range(steps):
         carry, outputs = model(carry, batch, enable_deep_supervision=diagnose and step == steps - 1)
-        logits = outputs["logits"]
-        halted_logits = torch.where(running[:, None, None], logits, halted_logits)
+        halted_logits = torch.where(running[:, None, None], outputs["logits"], halted_logits)
         halted_steps = halted_steps + running
-        running = running & (outputs["q_halt_logits"] <= 0)
-        if halt and not running.any():  # a CPU-GPU sync point
-            break
+        if halt:
+            running = running & (outputs["q_halt_logits"] <= 0)
+            if not diagnose and not running.any():  # a CPU-GPU sync point
+                break
     return outputs | {"halted_logits": halted_logits, "halted_steps": halted_steps}
 
 
@@ -666,7 +643,7 @@ def evaluate(model, data, args):
     sums = {}
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
         with autocast(args):
-            outputs = answer(model, batch, diagnose=True)
+            outputs = answer(model, batch, diagnose=True, halt=args.eval_halt)
         labels = batch["labels"]
         metrics = {f"step_{i}_loss": F.mse_loss(x, labels) for i, x in enumerate(outputs["intermediate_logits"])}
         metrics |= scores(outputs["logits"], labels, args)
@@ -685,29 +662,27 @@ def predict(model, args):
     file that does not fit.
     """
     source, target = map(Path, args.predict)
-    c, last = model.config, "halted_logits" if args.eval_halt else "logits"
+    c, prefix = model.config, read_tensors(source)
     if target.exists():
         raise DataError(f"{target}: exists already, expected a new file")
     if not c.causal:
         raise DataError(f"{source}: the model learned separate labels, expected one that predicts the next input")
-    prefix = read_tensors(source)
-    shape = list(prefix.shape)
-    good = prefix.is_floating_point() and len(shape) in (2, 3) and shape[-1] == c.input_size and prefix.numel()
-    if not good or not prefix.float().isfinite().all():
+    *rows, T, size = prefix.shape
+    if not prefix.is_floating_point() or len(rows) > 1 or size != c.input_size or not prefix.float().isfinite().all():
         expected = f"finite floats [T, {c.input_size}] or [B, T, {c.input_size}]"
-        raise DataError(f"{source}: holds {prefix.dtype} {shape}, expected {expected}")
-    mean, scale = shift(c, "input_embeddings")
-    rolled = []
-    for part in prefix.float().reshape(-1, *shape[-2:]).split(args.batch_size):
-        sequence = ((part - mean) / scale).to(args.device)
+        raise DataError(f"{source}: holds {prefix.dtype} {list(prefix.shape)}, expected {expected}")
+    mean, scale = c.normalization["input_embeddings"]
+    mean, rolled = torch.tensor(mean), []
+    for part in ((prefix.float() - mean) / scale).reshape(-1, T, size).split(args.batch_size):
+        sequence = part.to(args.device)
         for _ in range(args.rollout):
             with autocast(args):
-                new = answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)[last][:, -1:]
-            sequence = torch.cat([sequence, new], dim=1)
-        rolled.append(sequence[:, shape[-2] :].cpu() * scale + mean)
-    rolled = torch.cat(rolled).reshape(*shape[:-2], args.rollout, c.output_size)
+                outputs = answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)
+            sequence = torch.cat([sequence, outputs["halted_logits"][:, -1:]], dim=1)
+        rolled.append(sequence[:, T:].cpu() * scale + mean)
+    rolled = torch.cat(rolled).reshape(*rows, args.rollout, size)
     write_atomically(target, lambda file: np.save(file, rolled.numpy()))
-    longest = shape[-2] + args.rollout - 1
+    longest = T + args.rollout - 1
     more = f"; read up to {longest} at once, trained on {c.seq_len}" if 0 < c.seq_len < longest else ""
     return f"wrote {args.rollout} embeddings for each sequence to {target}{more}"
 
@@ -743,10 +718,9 @@ def add_method_args(parser):
     flag("--curriculum_end_step", 0, "from here all count in full; linear between")
     flag("--L_cycle_supervision", 0.0, "weight of a loss after every L cycle as well")
     flag = flag_group(parser, "prediction, with --eval_only --out_dir RUN")
-    files = {"nargs": 2, "metavar": ("IN.npy", "OUT.npy")}
-    flag("--predict", None, "continue the sequences [T, D] or [B, T, D] of IN", **files)
+    flag("--predict", None, "continue the sequences [T, D] or [B, T, D] of IN", nargs=2, metavar=("IN.npy", "OUT.npy"))
     flag("--rollout", 1, "how many embeddings to predict", 1)
-    parser.set_defaults(batch_size=8, max_train_steps=1000, lr=1e-4, weight_decay=0.1, ema_decay=0.999)
+    parser.set_defaults(batch_size=8, lr=1e-4, ema_decay=0.999)
     demo = {"L_cycles": 1, "L_layers": 1, "num_heads": 4, "halt_max_steps": 1, "batch_size": 32, "lr": 3e-3}
     demo |= {"weight_decay": 0.5, "beta2": 0.98, "warmup_steps": 50, "min_lr_ratio": 0.05, "ema_decay": 0.0}
     demo |= {"max_train_steps": 1500, "eval_interval": 300, "eval_samples": 1024}
@@ -763,8 +737,8 @@ def add_method_args(parser):
                 parser.error(f"--deep_supervision_schedule: {error}")
         if args.curriculum_end_step < args.curriculum_start_step:
             parser.error("--curriculum_end_step must not come before --curriculum_start_step")
-        if args.predict and (not args.eval_only or world_size() > 1):
-            parser.error("--predict needs --eval_only and the --out_dir of a run, and no torchrun")
+        if args.predict and not args.eval_only:
+            parser.error("--predict needs --eval_only and the --out_dir of a run")
 
     return ("data_folder",), demo, ("predict", "rollout", "halt_cosine", "eval_halt", *CYCLES), check
 
@@ -962,7 +936,7 @@ def parse_args():
         allow_abbrev=False,
     )
     if rank() > 0:
-        parser.error = lambda message: sys.exit(2)  # the first process says it
+        parser.error = lambda message: sys.exit(time.sleep(1) or 2)  # the first process says it
     flag = flag_group(parser, "training")
     flag("--batch_size", 32, "samples per micro-batch and process", 1)
     flag("--grad_accum", 1, "micro-batches per update", 1)
@@ -1378,6 +1352,7 @@ def train(run):
 def first_to_fail():
     """Whether no other process has failed before this one: it alone says why."""
     if not dist.is_initialized():
+        time.sleep(min(rank(), 1))  # torchrun ends the others when one has ended
         return rank() == 0
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
