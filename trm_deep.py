@@ -153,8 +153,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.L_layers))
         self.lm_head = nn.Linear(c.hidden_size, c.output_size, bias=False)
         self.q_head = nn.Linear(c.hidden_size, 1)
-        states = (nn.Parameter(torch.empty(c.hidden_size), requires_grad=c.learn_init) for _ in range(2))
-        self.H_init, self.L_init = states
+        self.H_init, self.L_init = (nn.Parameter(torch.empty(c.hidden_size), c.learn_init) for _ in range(2))
         for p in self.parameters():
             std = p.shape[-1] ** -0.5 if p.ndim == 2 else 1.0
             std /= 0.87962566  # what a normal cut at two standard deviations has left of its own
@@ -212,7 +211,7 @@ class Model(nn.Module):
         steps = renew(0, carry["steps"]) + 1
         inputs = data["input_embeddings"]
         kind = inputs.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.lm_head.weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
         inputs = inputs.to(dtype)
         z_H = renew(self.H_init, carry["z_H"]).to(dtype)  # y in the paper: the answer
         z_L = renew(self.L_init, carry["z_L"]).to(dtype)  # z in the paper: the latent
@@ -418,9 +417,8 @@ def open_folder(folder):
     if not train or size_of(train) < 2:
         raise DataError(f"{folder}: no training sequences, expected two or more in train_embeddings_chunk_0.pt or .npy")
     if not val:
-        order = np.arange(size_of(train))
-        kept = len(order) - max(1, len(order) // 10)
-        parts = order[:kept], order[kept:]
+        size = size_of(train)
+        parts = np.split(np.arange(size), [size - max(1, size // 10)])
         train, val = ({name: Subset(array, part) for name, array in train.items()} for part in parts)
     return train, val
 
@@ -535,8 +533,7 @@ def report(metrics):
     lines = [f"{'validation':42}{'loss':>8}{'exact':>8}"]
     for title, prefix in rows.items():
         if prefix + "exact_acc" in metrics:
-            loss = f"{metrics[prefix + 'loss']:8.4f}" if prefix + "loss" in metrics else f"{'-':>8}"
-            lines.append(f"{title:42}{loss}{metrics[prefix + 'exact_acc']:8.4f}")
+            lines.append(f"{title:42}{metrics[prefix + 'loss']:8.4f}{metrics[prefix + 'exact_acc']:8.4f}")
     return "\n".join([*lines, f"after each H cycle: {describe(metrics).split(' | ')[1]}"])
 
 
@@ -559,8 +556,11 @@ def baselines(val, collate, args):
     if "bits" in val:
         bits = val["bits"][: args.eval_samples or None]
         for prefix, look in {"no_memory_": 1, "opening_": 0}.items():  # both flashbacks lead to where one is, or to 0
-            right = [next_sentence(bits, t, look * t) == bits[:, t + 1] for t in range(STORY_SENTENCES - 1)]
-            found[prefix + "exact_acc"] = float(np.all(right, axis=2).mean())
+            wrong = np.stack([next_sentence(bits, t, look * t) != bits[:, t + 1] for t in range(STORY_SENTENCES - 1)])
+            found |= {
+                prefix + "loss": 4 * wrong.mean(),
+                prefix + "exact_acc": 1 - wrong.any(2).mean(),
+            }  # signs: 2 apart
     return found
 
 
@@ -583,12 +583,6 @@ def is_right(prediction, labels, args):
     return right, right.all(1)
 
 
-def curriculum(step, args):
-    """How much the losses before the last count at an update: 0 until the start step, linear to 1 at the end step."""
-    start, end = args.curriculum_start_step, args.curriculum_end_step
-    return float(step >= end) if end <= start else min(max((step - start) / (end - start), 0.0), 1.0)
-
-
 def compute_loss(model, batch, carry, args):
     """One supervision step of every row, followed by one update: the outer loop of TRM (N_sup in the paper).
 
@@ -603,7 +597,8 @@ def compute_loss(model, batch, carry, args):
     labels, deep, latent = data["labels"], args.enable_deep_supervision, args.L_cycle_supervision / args.L_cycles
     carry, outputs = model(carry, data, enable_deep_supervision=deep, latent_logits=latent > 0)
 
-    ramp = curriculum(batch["step"], args)
+    # The curriculum: losses before the last count nothing until the start step, then linearly more until the end step.
+    ramp = float(np.interp(batch["step"], (args.curriculum_start_step, args.curriculum_end_step), (0.0, 1.0)))
     supervision = labels, args.deep_supervision_schedule, args.deep_supervision_weight, ramp
     loss, losses = compute_deep_supervision_loss(outputs["intermediate_logits"], *supervision)
     for logits in zip(*outputs["latent_logits"]):  # the l-th L cycle of every H cycle
@@ -726,9 +721,13 @@ def add_method_args(parser):
     demo |= {"max_train_steps": 1500, "eval_interval": 300, "eval_samples": 1024}
 
     def check(args):
-        for name, value in vars(args).items():
-            deep_only = name.startswith(("deep_", "curriculum_", "L_cycle_"))
-            if deep_only and not args.enable_deep_supervision and value != parser.get_default(name):
+        for name in (
+            "deep_supervision_weight",
+            "deep_supervision_schedule",
+            "curriculum_end_step",
+            "L_cycle_supervision",
+        ):
+            if not args.enable_deep_supervision and getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} needs --enable_deep_supervision")
         if args.deep_supervision_schedule != "dynamic" and not args.eval_only:  # which may have other cycles
             try:
