@@ -385,7 +385,7 @@ def open_chunk(path):
         found = {name: [getattr(x, "dtype", type(x)), *getattr(x, "shape", ())] for name, x in chunk.items()}
         expected = "floats [N, T + 1, D], or a dict of input_embeddings and labels with the same N and T"
         raise DataError(f"{path}: holds {found}, expected {expected}")
-    return {name: x.detach() for name, x in chunk.items()}
+    return chunk
 
 
 def open_folder(folder):
