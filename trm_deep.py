@@ -481,7 +481,7 @@ def make_data(args, config=None):
         more["learn_init"] = args.enable_deep_supervision
         if args.data_folder and args.normalize:
             moments = [measure(array) for array in train.values()]
-            more["normalization"] = {"input_embeddings": moments[0], "labels": moments[0 if causal else 1]}
+            more["normalization"] = {"input_embeddings": moments[0], "labels": moments[0 if causal else -1]}
         config = Config.from_dict(vars(args) | facts | more)
     # --eval_only may change the cycles: any weights fit.
     config = dataclasses.replace(config, **{name: getattr(args, name) for name in CYCLES})
