@@ -802,7 +802,7 @@ def test_rows_halt_when_sure_or_at_the_last_step_but_not_before_their_minimum():
 def test_exploration_is_drawn_per_sample_with_the_asked_probability():
     data = trm_deep.make_data(parsed("trm_deep", "--halt_max_steps 4 --halt_exploration_prob 0.25"))
     extra = dict.fromkeys(("rows", "position"), np.arange(4000))
-    drawn = make_batch(data["train"], np.arange(4000), extra, data["collate"])["min_steps"]
+    drawn = trm_deep.make_batch(data["train"], np.arange(4000), extra, data["collate"])["min_steps"]
     assert (drawn > 1).float().mean().item() == pytest.approx(0.25, abs=0.03) and set(drawn.tolist()) == {1, 2, 3, 4}
 
 
@@ -885,18 +885,17 @@ def test_the_built_in_world_follows_its_rule():
 
 
 def test_a_sentence_is_right_when_its_signs_decode_or_its_cosine_is_high():
-    Q = trm_deep.codebook(0)
+    Q, data = trm_deep.codebook(0), trm_deep.make_data(parsed("trm_deep", ""))
     near(Q @ Q.T, torch.eye(16))
-    data = trm_deep.make_data(parsed("trm_deep", ""))
-    labels = make_batch(data["val"], np.arange(2), {}, data["collate"])["labels"]
-    assert labels.square().mean().item() == pytest.approx(1.0, rel=1e-5)  # predicting zero scores 1
-    wrong = labels.clone()
-    wrong[1, 2] -= (labels[1, 2] @ Q[5]) * Q[5] * 1.1  # one sign of one sentence turned over
+    labels = trm_deep.make_batch(data["val"], np.arange(2), {}, data["collate"])["labels"]
+    near(labels.square().mean(), torch.tensor(1.0))  # predicting zero scores 1
+    wrong = 0.1 * labels
+    wrong[1, 2] -= (wrong[1, 2] @ Q[5]) * Q[5] * 1.1  # one sign of one sentence turned over
     with torch.autocast("cpu", torch.bfloat16):
-        positions, rows = trm_deep.is_right(0.1 * wrong, labels, TrmArgs(data_folder=None))
+        positions, rows = trm_deep.is_right(wrong, labels, TrmArgs(data_folder=None))
     assert (~positions).nonzero().tolist() == [[1, 2]] and rows.tolist() == [True, False]
-    for sign, right in ((0.1, True), (-1, False)):
-        assert (trm_deep.is_right(sign * labels, labels, TrmArgs())[1] == right).all()
+    assert trm_deep.is_right(0.1 * labels, labels, TrmArgs())[1].all()
+    assert not trm_deep.is_right(-labels, labels, TrmArgs())[1].any()
 
 
 def folder_with(folder, chunks):
@@ -907,8 +906,10 @@ def folder_with(folder, chunks):
         with open(path, "wb") as file:
             if isinstance(value, bytes):
                 file.write(value)
+            elif path.suffix == ".npy":
+                np.save(file, value)
             else:
-                (np.save if path.suffix == ".npy" else lambda file, value: torch.save(value, file))(file, value)
+                torch.save(value, file)
     return folder
 
 
@@ -938,35 +939,35 @@ def test_npy_chunks_of_any_order_more_than_files_may_be_open_and_a_held_out_tent
 
 
 def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_units(tmp_path):
-    A = torch.linalg.qr(torch.randn(8, 8))[0]
+    A = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
     x = torch.randn(200, 1, 8) + 1.0
     x = torch.cat([x @ torch.linalg.matrix_power(A, t) for t in range(7)], 1)  # each embedding is the last one turned
     mean, scale = x.mean((0, 1)), (x - x.mean((0, 1))).square().mean().sqrt()
+    flags = "--L_layers 1 --L_cycles 1 --lr 5e-3 --batch_size 32 --halt_max_steps 1 --ema_decay 0 --max_train_steps 60"
 
-    def train(name, value, flags=""):
+    def train(name, value, more=""):
         folder = folder_with(tmp_path / name, {"0.pt": value, "val_embeddings_chunk_0.pt": value})
-        flags += f" --data_folder {folder} --max_train_steps 80 --lr 1e-2 --eval_interval 80 --eval_samples 200 --ema_decay 0"
-        lines = run("trm_deep", tmp_path / f"{name}_run", flags)
+        lines = run("trm_deep", folder / "run", f"{flags} --eval_samples 200 --data_folder {folder} {more}")
         np.save(tmp_path / "in.npy", value[:5, :4])
-        out = tmp_path / f"{name}_out.npy"
-        run("trm_deep", tmp_path / f"{name}_run", f"--eval_only --predict {tmp_path}/in.npy {out}", tiny=False)
-        config = load(tmp_path / f"{name}_run", "best.pt")["config"]
-        return [line["loss"] for line in lines], np.load(out), lines[-1], trm_deep.Config(**config)
+        run("trm_deep", folder / "run", f"--eval_only --predict {tmp_path}/in.npy {folder}/out.npy", tiny=False)
+        curve = torch.tensor([line["loss"] for line in lines] + [lines[-1]["zero_loss"]])
+        return curve, torch.tensor(np.load(folder / "out.npy")), trm_deep.Config(**load(folder / "run")["config"])
 
-    losses, rolled, last, _ = train("whole", x)
-    assert losses[-1] < 0.95 and last["zero_loss"] == pytest.approx(1.0, abs=0.05)
+    curve, rolled, _ = train("1", x)
+    assert curve[-2] < 0.2 and curve[-1].item() == pytest.approx(1.0, abs=0.05)
     for factor in (0.05, 0.006):
-        curve, mine, last, config = train(f"{factor}", factor * x)
-        assert curve == pytest.approx(losses, rel=2e-3) and last["zero_loss"] == pytest.approx(1.0, abs=0.05)
-        near(torch.tensor(mine / factor), torch.tensor(rolled), 2e-2)
+        again, mine, config = train(f"{factor}", factor * x)
+        near(again, curve, 1e-2)
+        near(mine / factor, rolled, 2e-2)
     near(torch.tensor(config.normalization["labels"][0]), 0.006 * mean)
-    off, *_, raw = train("off", (x - mean) / scale, "--normalize False")  # normalised already: not changed any more
-    assert off == pytest.approx(losses, rel=2e-3) and raw.normalization["labels"] == (0.0, 1.0)
+    again, _, off = train("off", (x - mean) / scale, "--normalize False")  # what is normalised changes no more
+    near(again, curve, 1e-2)
+    assert off.normalization["labels"] == (0.0, 1.0)
 
     # Other data are read in the units of the run, and must fit it.
-    args = parsed("trm_deep", f"--eval_only --out_dir {tmp_path}/0.006_run --data_folder {tmp_path}/whole")
+    args = parsed("trm_deep", f"--eval_only --out_dir {tmp_path}/0.006/run --data_folder {tmp_path}/1")
     data = trm_deep.make_data(args, config)
-    assert data["config"] == config and make_batch(data["val"], np.arange(9), {}, data["collate"])["labels"].std() > 50
+    assert data["config"] == config and data["collate"]({"sequence": x}, {})["labels"].std() > 50
     for message, size in {"causal is False": 8, "output_size is 3": 3}.items():
         value = {"input_embeddings": x, "labels": torch.randn(200, 7, size)}
         args.data_folder = str(folder_with(tmp_path / f"size {size}", {"0.pt": value}))
@@ -978,17 +979,11 @@ def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
     x = torch.randn(20, 7, 8)
     symbols = torch.randn(4, 8)[torch.randint(4, (20, 7))]
     symbols[0] = 0.0  # an empty puzzle agrees with itself at every shift
-    cases = [
-        ((x[:, :-1].half().float(), x[:, 1:].half().float()), True),
-        ((x[:, :-1].bfloat16().float(), x[:, 1:]), True),
-        ((x[:, :-2], x[:, 2:].half().float()), True),
-        ((symbols, symbols.flip(0)), False),
-        ((x, separate := torch.randn(20, 7, 4)), False),
-    ]
-    assert trm_deep.predicts_next({"sequence": x})
-    for pair, causal in cases:
-        assert trm_deep.predicts_next(dict(zip(("input_embeddings", "labels"), pair))) is causal
-    folder = folder_with(tmp_path / "data", {"0.pt": {"input_embeddings": x, "labels": separate}})
+    cases = [(x[:, :-1].half(), x[:, 1:].half()), (x[:, :-1].bfloat16(), x[:, 1:]), (x[:, :-2], x[:, 2:].half())]
+    cases += [(symbols, symbols.flip(0)), (x, x[:, :, :4].flip(0))]
+    cases = [{"input_embeddings": inputs.float(), "labels": labels.float()} for inputs, labels in cases]
+    assert list(map(trm_deep.predicts_next, [{"sequence": x}, *cases])) == [True] * 4 + [False] * 2
+    folder = folder_with(tmp_path / "data", {"0.pt": cases[-1]})
     final = run("trm_deep", tmp_path / "run", f"--data_folder {folder}")[-1]
     config = load(tmp_path / "run")["config"]
     assert not config["causal"] and config["halt_position"] == 0 and len(config["normalization"]["labels"][0]) == 4
@@ -1015,8 +1010,7 @@ BAD_FOLDERS = {
     "a sequence ends in zeros": {"0.pt": torch.cat([x3, x3 * torch.tensor([1.0, 1, 1, 0, 0])[:, None]])},
     "chunk_0.pt: cannot be read": {"0.pt": Path},  # pickled code: refused by weights_only
     "chunk_1.pt: cannot be read": {"1.pt": b""},
-    "chunk_2.pt: cannot be read": {"2.pt": b"not a tensor"},
-    "chunk_3.pt: cannot be read": {"3.pt": pickle.dumps(x3)[:99]},
+    "chunk_2.pt: cannot be read": {"2.pt": pickle.dumps(x3)[:99]},
     "chunk_4.npy: cannot be read": {"4.npy": b"PK and no zip"},
 }
 
