@@ -71,7 +71,7 @@ class Config:
     halt_position: int = 0  # which position the halting head reads; the paper's is the first
     learn_init: bool = True  # H_init and L_init; only deep supervision brings a gradient to them
     seq_len: int = 0  # embeddings read at once in training; says nothing about the shape
-    # Mean (D floats) and scale of each tensor: the model sees (x - mean) / scale.
+    # Mean (a float or D of them) and scale of both tensors, as the data have them: the model sees (x - mean) / scale.
     normalization: dict = dataclasses.field(
         default_factory=lambda: {"input_embeddings": (0.0, 1.0), "labels": (0.0, 1.0)}
     )
@@ -170,7 +170,8 @@ class Model(nn.Module):
         zeros = inputs.new_zeros(*inputs.shape[:2], self.config.hidden_size, dtype=torch.float32)
         steps = inputs.new_zeros(len(inputs), dtype=torch.int32)
         data = {name: torch.zeros_like(batch[name]) for name in DATA if name in batch}
-        return {"z_H": zeros, "z_L": zeros, "steps": steps, "halted": steps == 0, **data}
+        # Two tensors, not one twice: the compiled model would be compiled again when they part.
+        return {"z_H": zeros, "z_L": zeros.clone(), "steps": steps, "halted": steps == 0, **data}
 
     def net(self, a, b, rotation):
         """The one network of both roles. a, b: [B, T, D]."""
@@ -363,12 +364,11 @@ def read_tensors(path):
     try:
         if path.suffix != ".npy":
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        head = np.load(
-            path, mmap_mode="r"
-        )  # numpy keeps a file open for each map (1,024 are a common limit), torch none
+        # Numpy keeps a file open for every memory map (1,024 are a common limit), torch does not.
+        head = np.load(path, mmap_mode="r")
         content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
         array = np.ndarray(head.shape, head.dtype, content, head.offset, head.strides)
-        return torch.from_numpy(array.astype(head.dtype.newbyteorder("="), copy=False))  # other byte orders: copied
+        return torch.from_numpy(array.astype(head.dtype.newbyteorder("="), copy=False))  # a copy of other byte orders
     except Exception as error:  # unpickling and zip errors come in many types
         expected = "a tensor saved by torch.save or np.save"
         raise DataError(f"{path}: cannot be read ({first_line(error)}), expected {expected}") from None
@@ -385,7 +385,7 @@ def open_chunk(path):
         found = {name: [getattr(x, "dtype", type(x)), *getattr(x, "shape", ())] for name, x in chunk.items()}
         expected = "floats [N, T + 1, D], or a dict of input_embeddings and labels with the same N and T"
         raise DataError(f"{path}: holds {found}, expected {expected}")
-    return chunk
+    return dict(sorted(chunk.items()))  # inputs first
 
 
 def open_folder(folder):
@@ -394,7 +394,7 @@ def open_folder(folder):
     Without validation files the last tenth of the training sequences is held out (the last, not a random tenth:
     neighbours in a text stay on one side). Raises DataError for a file that is missing, unreadable or of another shape.
     """
-    folder, datasets, first = Path(folder), [], None
+    folder, datasets, first = Path(folder), [], {}
     for split in ("train", "val"):
         paths = {}
         for path in sorted(folder.glob(f"{split}_embeddings_chunk_*")):
@@ -411,8 +411,7 @@ def open_folder(folder):
             first = first or shapes
             if shapes != first:
                 raise DataError(f"{path}: samples of shape {shapes}, expected {first} as in the first file")
-        names = first if files else ()
-        datasets.append({name: Concat([chunk[name] for chunk in chunks], files) for name in names})
+        datasets.append({name: Concat([chunk[name] for chunk in chunks], files) for name in first if files})
     train, val = datasets
     if not train or size_of(train) < 2:
         raise DataError(f"{folder}: no training sequences, expected two or more in train_embeddings_chunk_0.pt or .npy")
@@ -476,9 +475,9 @@ def make_data(args, config=None):
     (_, T, D), causal = inputs.shape, predicts_next(train)
     facts = {"input_size": D, "output_size": labels.shape[2], "causal": causal}
     if config is None:
-        # The first position of a causal model has seen one sentence only.
-        more = {"hidden_size": args.hidden_size or D, "halt_position": -1 if causal else 0, "seq_len": T}
-        more["learn_init"] = args.enable_deep_supervision
+        # The first position of a causal model has seen one sentence only: its halting head reads the last.
+        more = {"hidden_size": args.hidden_size or D, "halt_position": -1 if causal else 0}
+        more |= {"seq_len": T, "learn_init": args.enable_deep_supervision}
         if args.data_folder and args.normalize:
             moments = [measure(array) for array in train.values()]
             more["normalization"] = {"input_embeddings": moments[0], "labels": moments[0 if causal else -1]}
@@ -491,15 +490,15 @@ def make_data(args, config=None):
 
     def collate(picked, extra):
         batch = pairs(picked, args.seed)
-        if (batch["labels"][:, -1] == 0).all(-1).any():  # would count as sentences
+        if (batch["labels"][:, -1] == 0).all(-1).any():  # they would count as sentences
             raise DataError(f"{args.data_folder}: a sequence ends in zeros, expected equal windows without padding")
         for name in batch:
             mean, scale = config.normalization[name]
             batch[name] = (batch[name] - torch.tensor(mean)) / scale
         if "rows" in extra:
             explore = hash64(extra["position"], args.seed + 1) / 2**64 < args.halt_exploration_prob
-            more = 2 + hash64(extra["position"], args.seed + 2) % np.uint64(max(args.halt_max_steps - 1, 1))
-            batch |= {"rows": extra["rows"], "min_steps": np.where(explore, more, 1).astype(np.int32)}
+            steps = 2 + hash64(extra["position"], args.seed + 2) % np.uint64(max(args.halt_max_steps - 1, 1))
+            batch |= {"rows": extra["rows"], "min_steps": np.where(explore, steps, 1).astype(np.int32)}
         return batch
 
     return {
@@ -539,8 +538,8 @@ def report(metrics):
 
 def scores(prediction, labels, args, prefix=""):
     """Loss and exact accuracy of a prediction [B, T, D] as metrics."""
-    right = is_right(prediction, labels, args)[0]
-    return {prefix + "loss": F.mse_loss(prediction, labels), prefix + "exact_acc": right.float().mean()}
+    exact = is_right(prediction, labels, args)[0].float().mean()
+    return {prefix + "loss": F.mse_loss(prediction, labels), prefix + "exact_acc": exact}
 
 
 def baselines(val, collate, args):
@@ -702,7 +701,7 @@ def add_method_args(parser):
     flag = flag_group(parser, "halting")
     flag("--halt_max_steps", 10, "most supervision steps on one sample (N_sup)", 1)
     flag("--halt_exploration_prob", 0.1, "part of the rows that may not halt at once", 0, 1)
-    flag("--halt_cosine", 0.9, "real data: an answer is right from this cosine on", -1, 1)
+    flag("--halt_cosine", 0.9, "real data: an answer is right from this cosine on, normalised as for training", -1, 1)
     flag("--eval_halt", False, "evaluate, or predict with, the answers at the first step where q > 0")
     flag = flag_group(parser, "deep supervision")
     flag("--enable_deep_supervision", False, "loss and gradient at every H cycle, not only at the last")
