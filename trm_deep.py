@@ -605,10 +605,10 @@ def compute_loss(model, batch, carry, args):
     right = is_right(outputs["logits"].detach(), labels, args)[1]
     halt_loss = F.binary_cross_entropy_with_logits(outputs["q_halt_logits"], right.float())
 
-    values = {f"step_{i}_loss": value for i, value in enumerate(losses, start=args.H_cycles - len(losses))}
-    values |= {"loss": loss.detach(), "q_halt_loss": halt_loss.detach()}
     base = 1.0 if "," in args.deep_supervision_schedule else args.deep_supervision_weight  # a list has its own weights
-    metrics = to_sums(values | {"supervision_weight": base * ramp * deep}, len(labels))
+    values = {f"step_{i}_loss": value for i, value in enumerate(losses, start=args.H_cycles - len(losses))}
+    values |= {"loss": loss.detach(), "q_halt_loss": halt_loss.detach(), "supervision_weight": base * ramp * deep}
+    metrics = to_sums(values, len(labels))
     metrics["mean_steps"] = ((carry["steps"] * carry["halted"]).sum(), carry["halted"].sum())
     return batch["share"] * (loss + 0.5 * halt_loss), metrics, carry | {"drawn": drawn}
 
