@@ -548,13 +548,11 @@ def test_the_noise_test_would_see_a_leak(tmp_path, monkeypatch):
 
 # ==== trm_deep.py: the loss ==========================================================================================
 
-WORKED = [  # the document's numbers, and the same formulas at H = 4
+WORKED = [  # the document's numbers, and others
     ("constant", 0.5, [0.5, 0.5, 1.0], 2.0),
     ("linear_decay", 0.5, [0.167, 0.333, 1.0], 1.5),
     ("exponential_decay", 0.5, [0.125, 0.25, 1.0], 1.375),
-    ("constant", 0.3, [0.3, 0.3, 0.3, 1.0], 1.9),
-    ("linear_decay", 0.5, [0.125, 0.25, 0.375, 1.0], 1.75),
-    ("exponential_decay", 0.5, [0.0625, 0.125, 0.25, 1.0], 1.4375),
+    ("linear_decay", 0.4, [0.1, 0.2, 0.3, 1.0], 1.6),
     ("u_shaped", 0.5, [1.0, 0.25, 0.25, 1.0], 2.5),
     ("0.3,0.4,0.7,1.0", 0.5, [0.3, 0.4, 0.7, 1.0], 2.4),
     ("constant", 0.5, [1.0], 1.0),
@@ -772,11 +770,10 @@ def peak_bytes(run_once, cuda=False):
 def test_a_halted_row_starts_anew_and_the_others_go_on_with_their_own_data():
     model, batch, later = trm(), trm_batch(), trm_batch(seed=2)
     carry, _ = step(model, batch)
-    assert carry["steps"].tolist() == [1, 1, 1] and not carry["z_H"].requires_grad
     mixed, outputs = step(model, later, carry | {"halted": torch.tensor([False, True, False])})
-    assert mixed["steps"].tolist() == [2, 1, 2]
+    assert mixed["steps"].tolist() == [2, 1, 2] and not mixed["z_H"].requires_grad
     for b, (source, old) in enumerate([(batch, carry), (later, None), (batch, carry)]):
-        assert torch.equal(mixed["labels"][b], source["labels"][b])
+        near(mixed["labels"][b], source["labels"][b], 0)
         near(outputs["logits"][b], step(model, source, old)[1]["logits"][b])
 
 
@@ -983,7 +980,7 @@ def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
     cases += [(symbols, symbols.flip(0)), (x, x[:, :, :4].flip(0))]
     cases = [{"input_embeddings": inputs.float(), "labels": labels.float()} for inputs, labels in cases]
     assert list(map(trm_deep.predicts_next, [{"sequence": x}, *cases])) == [True] * 4 + [False] * 2
-    folder = folder_with(tmp_path / "data", {"0.pt": cases[-1]})
+    folder = folder_with(tmp_path / "data", {"0.pt": dict(reversed(cases[-1].items()))})  # labels first
     final = run("trm_deep", tmp_path / "run", f"--data_folder {folder}")[-1]
     config = load(tmp_path / "run")["config"]
     assert not config["causal"] and config["halt_position"] == 0 and len(config["normalization"]["labels"][0]) == 4

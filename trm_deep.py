@@ -380,7 +380,7 @@ def open_chunk(path):
     chunk = chunk if isinstance(chunk, dict) else {"sequence": chunk}
     good = set(chunk) in ({"sequence"}, {"input_embeddings", "labels"})
     for x in chunk.values():
-        good = good and torch.is_tensor(x) and x.is_floating_point() and x.ndim == 3 and x.numel() > 0
+        good = good and torch.is_tensor(x) and x.is_floating_point() and x.ndim == 3 and x.numel()
     if not good or len({x.shape[:2] for x in chunk.values()}) > 1 or "sequence" in chunk and x.shape[1] < 2:
         found = {name: [getattr(x, "dtype", type(x)), *getattr(x, "shape", ())] for name, x in chunk.items()}
         expected = "floats [N, T + 1, D], or a dict of input_embeddings and labels with the same N and T"
@@ -677,7 +677,7 @@ def predict(model, args):
     rolled = torch.cat(rolled).reshape(*rows, args.rollout, size)
     write_atomically(target, lambda file: np.save(file, rolled.numpy()))
     longest = T + args.rollout - 1
-    more = f"; read up to {longest} at once, trained on {c.seq_len}" if 0 < c.seq_len < longest else ""
+    more = f"; read up to {longest} at once, trained on {c.seq_len}" if longest > c.seq_len else ""
     return f"wrote {args.rollout} embeddings for each sequence to {target}{more}"
 
 
