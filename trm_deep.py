@@ -118,7 +118,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
-        inner = math.ceil(round(config.expansion * D * 2 / 3) / 256) * 256
+        inner = math.ceil(round(config.expansion * D * 2 / 3) / 256) * 256  # 2/3: the gate has weights of its own
         self.num_heads, self.causal = config.num_heads, config.causal
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.o = nn.Linear(D, D, bias=False)
@@ -131,9 +131,9 @@ class Block(nn.Module):
         qk = rotate(qk.view(B, T, 2, self.num_heads, -1), *rotation)
         q, k = qk.transpose(1, 3).unbind(2)  # each [B, heads, T, d]
         v = v.view(B, T, self.num_heads, -1).transpose(1, 2)  # [B, heads, T, d]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, T, d]
         h = rms_norm(h + self.o(attended.transpose(1, 2).reshape(B, T, D)))
-        gate, up = self.gate_up(h).chunk(2, dim=-1)
+        gate, up = self.gate_up(h).chunk(2, dim=-1)  # each [B, T, inner]
         return rms_norm(h + self.down(F.silu(gate) * up))
 
 
@@ -205,12 +205,13 @@ class Model(nn.Module):
         """
         c, halted = self.config, carry["halted"]
 
-        def renew(fresh, old):
+        def renew(fresh, old):  # fresh: a number or what broadcasts to old [B, ...]
             return torch.where(halted.view(-1, *[1] * (old.ndim - 1)), fresh, old)
 
         data = {name: renew(batch[name], carry[name]) for name in DATA if name in batch}
         steps = renew(0, carry["steps"]) + 1
         inputs = data["input_embeddings"]
+        # The states between cycles are kept in the dtype of the matrices, half the bytes of what backward needs.
         kind = inputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
         inputs = inputs.to(dtype)
@@ -219,7 +220,7 @@ class Model(nn.Module):
         positions = torch.arange(inputs.shape[1], device=inputs.device) * (c.pos_encodings == "rope")  # none: all at 0
         rotation = rotary(positions, c.hidden_size // c.num_heads)
 
-        if not enable_deep_supervision:
+        if not enable_deep_supervision:  # the paper's way: all cycles but the last prepare its start
             with torch.no_grad():
                 for _ in range(c.H_cycles - 1):
                     z_H, (*_, z_L) = self.cycle(z_H, z_L, inputs, rotation)
@@ -349,7 +350,7 @@ def make_world():
     """
     n = np.arange(2**BITS)
     story = np.zeros((len(n), STORY_SENTENCES, BITS), np.uint8)
-    story[:, 0] = n[:, None] >> np.arange(BITS) & 1
+    story[:, 0] = n[:, None] >> np.arange(BITS) & 1  # opening number n, the lowest bit first
     for t in range(STORY_SENTENCES - 1):
         j = t
         for _ in range(2):
@@ -431,12 +432,13 @@ def predicts_next(dataset):
     """
     if "input_embeddings" not in dataset:
         return True
-    index = np.arange(0, size_of(dataset), 1 + size_of(dataset) // 16)
+    index = np.arange(0, size_of(dataset), 1 + size_of(dataset) // 16)  # spread over all of them
     inputs, labels = (dataset[name][index] for name in ("input_embeddings", "labels"))
     if inputs.shape != labels.shape:
         return False
     for shift in range(1, inputs.shape[1] // 2 + 1):
         now = labels[:, :-shift]
+        # Where both are zero the quotient is NaN and says nothing.
         if ((inputs[:, shift:] - now).norm(dim=(1, 2)) / now.norm(dim=(1, 2))).nanmedian() < 0.05:
             return True
     return False
@@ -592,7 +594,7 @@ def compute_loss(model, batch, carry, args):
     if carry is None:
         carry = unwrap(model).initial_carry(batch) | {"drawn": torch.zeros_like(batch["rows"])}
     data = {name: carry[name].index_copy(0, batch["rows"], batch[name]) for name in DATA}
-    drawn = carry["drawn"] + carry["halted"]
+    drawn = carry["drawn"] + carry["halted"]  # the rows that halted take one more sample
     labels, deep, latent = data["labels"], args.enable_deep_supervision, args.L_cycle_supervision / args.L_cycles
     carry, outputs = model(carry, data, enable_deep_supervision=deep, latent_logits=latent > 0)
 
@@ -602,7 +604,7 @@ def compute_loss(model, batch, carry, args):
     loss, losses = compute_deep_supervision_loss(outputs["intermediate_logits"], *supervision)
     for logits in zip(*outputs["latent_logits"]):  # the l-th L cycle of every H cycle
         loss = loss + latent * compute_deep_supervision_loss(logits, *supervision)[0]
-    right = is_right(outputs["logits"].detach(), labels, args)[1]
+    right = is_right(outputs["logits"].detach(), labels, args)[1]  # bool [B]
     halt_loss = F.binary_cross_entropy_with_logits(outputs["q_halt_logits"], right.float())
 
     base = 1.0 if "," in args.deep_supervision_schedule else args.deep_supervision_weight  # a list has its own weights
@@ -622,6 +624,7 @@ def answer(model, batch, diagnose=False, halt=False):
     running, halted_steps, halted_logits = carry["halted"], carry["steps"], 0.0
     for step in range(steps):
         carry, outputs = model(carry, batch, enable_deep_supervision=diagnose and step == steps - 1)
+        # A row that was sure keeps its answer; the batch goes on as a whole.
         halted_logits = torch.where(running[:, None, None], outputs["logits"], halted_logits)
         halted_steps = halted_steps + running
         if halt:
@@ -665,6 +668,7 @@ def predict(model, args):
     if not prefix.is_floating_point() or len(rows) > 1 or size != c.input_size or not prefix.float().isfinite().all():
         expected = f"finite floats [T, {c.input_size}] or [B, T, {c.input_size}]"
         raise DataError(f"{source}: holds {prefix.dtype} {list(prefix.shape)}, expected {expected}")
+    # Causal models read and predict in the same units.
     mean, scale = c.normalization["input_embeddings"]
     mean, rolled = torch.tensor(mean), []
     for part in ((prefix.float() - mean) / scale).reshape(-1, T, size).split(args.batch_size):
@@ -673,6 +677,7 @@ def predict(model, args):
             with autocast(args):
                 outputs = answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)
             sequence = torch.cat([sequence, outputs["halted_logits"][:, -1:]], dim=1)
+        # [pieces, rollout, D], in the data's units again
         rolled.append(sequence[:, T:].cpu() * scale + mean)
     rolled = torch.cat(rolled).reshape(*rows, args.rollout, size)
     write_atomically(target, lambda file: np.save(file, rolled.numpy()))
