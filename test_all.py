@@ -932,8 +932,8 @@ def test_npy_chunks_of_any_order_more_than_files_may_be_open_and_a_held_out_tent
 
 def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_units(tmp_path):
     A = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
-    x = torch.randn(200, 1, 8) + 1.0
-    x = torch.cat([x @ torch.linalg.matrix_power(A, t) for t in range(7)], 1)  # each embedding is the last one turned
+    x = torch.randn(200, 1, 8)
+    x = 3 + torch.cat([x @ torch.linalg.matrix_power(A, t) for t in range(7)], 1)  # each is the last one turned
     mean, scale = x.mean((0, 1)), (x - x.mean((0, 1))).square().mean().sqrt()
     flags = "--L_layers 1 --L_cycles 1 --lr 5e-3 --batch_size 32 --halt_max_steps 1 --ema_decay 0 --max_train_steps 60"
 
@@ -947,6 +947,7 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
 
     curve, rolled, _ = train("1", x)
     assert curve[-2] < 0.2 and curve[-1].item() == pytest.approx(1.0, abs=0.05)
+    assert F.mse_loss(rolled[:, 0], x[:5, 4]) < 0.2  # in their own units
     for factor in (0.05, 0.006):
         again, mine, config = train(f"{factor}", factor * x)
         near(again, curve, 1e-2)

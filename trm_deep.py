@@ -760,6 +760,9 @@ def add_method_args(parser):
 #   evaluate(model, data, args) -> means, with a "loss"
 
 
+SCRIPT = Path(__file__).stem
+
+
 # ---- processes, precision, metrics ----
 
 
@@ -931,7 +934,6 @@ MAY_CHANGE = (
 
 def parse_args():
     """The flags in force and, with --resume or --eval_only, the checkpoint. Refuses what makes no sense (exit 2)."""
-    script = Path(__file__).stem
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [flags]      (--help lists them)",
         description=__doc__,
@@ -964,7 +966,7 @@ def parse_args():
     flag("--eval_samples", 0, "validation samples to use; 0: all")
     flag("--log_interval", 100, "updates between lines of metrics.jsonl", 1)
     flag("--save_interval", 500, "updates between checkpoints; 0: with best.pt only")
-    flag("--out_dir", None, f"folder of the run (default: a new out/{script}-DATE-TIME)")
+    flag("--out_dir", None, f"folder of the run (default: a new out/{SCRIPT}-DATE-TIME)")
     flag("--resume", False, "go on with the run in --out_dir, with its flags; start it where there is none")
     flag("--eval_only", False, "evaluate the best checkpoint of the run in --out_dir")
     flag("--wandb_mode", "disabled", "Weights & Biases", choices=["disabled", "offline", "online"])
@@ -975,12 +977,12 @@ def parse_args():
     parser.epilog = f"Without --{data_flags[0]} the demonstration has defaults of its own:\n{sizes}"
 
     args = parser.parse_args()
-    if (args.resume or args.eval_only) and (args.out_dir is None or args.resume and args.eval_only):
-        parser.error("--resume and --eval_only need the --out_dir of a run, and exclude each other")
-    folder = Path(args.out_dir or f"out/{script}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+    if args.out_dir is None and (args.resume or args.eval_only):
+        parser.error("--resume and --eval_only need the --out_dir of a run")
+    folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
     latest, best, checkpoint = folder / "ckpt.pt", folder / "best.pt", None
     if args.eval_only or args.resume and latest.exists():
-        checkpoint = load_checkpoint(best if args.eval_only and best.exists() else latest, script)
+        checkpoint = load_checkpoint(best if args.eval_only and best.exists() else latest)
         parser.set_defaults(**checkpoint["args"])
     elif not args.resume and (folder / "metrics.jsonl").exists():
         parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
@@ -1000,10 +1002,8 @@ def parse_args():
     check(args)
     args.out_dir = str(folder)
     args.flags = vars(args) | {"resume": False}  # as asked for, before auto is resolved: for the checkpoint and wandb
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = {"auto": cuda if torch.cuda.is_available() else "cpu", "cuda": cuda}.get(args.device, args.device)
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # every backend has its own way to say that it is not there
@@ -1049,15 +1049,15 @@ def read_file(path, expected):
         raise DataError(f"{path}: cannot be read ({first_line(error)}), expected {expected}") from None
 
 
-def load_checkpoint(path, script):
+def load_checkpoint(path):
     """The checkpoint at path: see Run.save; its config is a Config. Raises DataError if it is none of this script's."""
     checkpoint = read_file(path, "the checkpoint of a run")
     try:
-        if checkpoint["script"] != script:
-            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {script}.py")
+        if checkpoint["script"] != SCRIPT:
+            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {SCRIPT}.py")
         return checkpoint | {"config": Config(**checkpoint["config"])}
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {script}.py") from None
+        raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {SCRIPT}.py") from None
 
 
 def load_state(model, weights):
@@ -1106,8 +1106,8 @@ def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused (one kernel for all parameters) where torch has it."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if (p.ndim >= 2) == matrices], "weight_decay": args.weight_decay * matrices}
+        for matrices in (True, False)
     ]
     fused = args.device.startswith(("cpu", "cuda")) or None
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=fused)
@@ -1121,6 +1121,8 @@ class Run:
 
     parts = ("model", "ema", "optimizer", "scaler")  # saved as state dicts
     values = ("step", "sizes", "last", "best", "seconds", "sums", "wandb_id")  # saved as they are
+    step, seconds, wandb_id = 0, 0.0, None
+    last, best = {"step": -1}, {"loss": math.inf}  # metrics of the last and of the best validation
 
     def __init__(self, args, data, checkpoint):
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
@@ -1140,9 +1142,7 @@ class Run:
         if dist.is_initialized():
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
-        self.step, self.saved, self.seconds, self.sums, self.wandb_id = 0, 0, 0.0, {}, None
-        self.last, self.best = {"step": -1}, {"loss": math.inf}  # metrics of the last and of the best validation
-        self.carries = [None] * args.grad_accum  # one for each micro-batch
+        self.sums, self.carries = {}, [None] * args.grad_accum  # a carry for each micro-batch
         if checkpoint:
             self.restore(checkpoint)
         self.open_log(checkpoint["log_size"] if checkpoint else 0)
@@ -1160,13 +1160,10 @@ class Run:
                 part.load_state_dict(checkpoint[name])
         for name in self.values:
             setattr(self, name, checkpoint[name])
-        self.saved, self.sums = self.step, self.sums if rank() == 0 else {}
-        accum = self.args.grad_accum
-        saved = {
-            name: rows.to(self.args.device).split(self.args.batch_size) for name, rows in checkpoint["carry"].items()
-        }
-        for micro in range(accum if saved else 0):
-            self.carries[micro] = {name: parts[rank() * accum + micro] for name, parts in saved.items()}
+        self.sums = self.sums if rank() == 0 else {}
+        for micro in range(self.args.grad_accum if checkpoint["carry"] else 0):
+            rows = (rank() * self.args.grad_accum + micro) * self.args.batch_size + torch.arange(self.args.batch_size)
+            self.carries[micro] = {name: x[rows].to(self.args.device) for name, x in checkpoint["carry"].items()}
         torch.set_rng_state(checkpoint["rng"])
 
     @torch.no_grad()
@@ -1181,15 +1178,13 @@ class Run:
         if rank() > 0:
             return
         contents = {
-            "script": Path(__file__).stem,
+            "script": SCRIPT,
             "config": dataclasses.asdict(self.model.config),
             "args": self.args.flags,
             **{key: part and part.state_dict() for key in self.parts for part in [getattr(self, key)]},
             **{key: getattr(self, key) for key in self.values},
             "sums": sums,
-            "carry": {
-                key: torch.cat([shard[key] for shard in shards]) for key in mine
-            },  # rows, however they were split
+            "carry": {key: torch.cat([shard[key] for shard in shards]) for key in mine},  # all rows in order
             "rng": torch.get_rng_state(),  # nothing here draws on the GPU
             "log_size": self.log_path.stat().st_size,
         }
@@ -1197,18 +1192,17 @@ class Run:
 
     def request(self, micro, step):
         """Order what a micro-batch of update `step` needs: a sample for every row, or for the rows that halted."""
-        first_row = (rank() * self.args.grad_accum + micro) * self.args.batch_size
-        if carry := self.carries[micro]:
-            self.loader.request(first_row, carry["drawn"], carry["halted"])
-        else:
-            self.loader.request(first_row, torch.full((self.args.batch_size,), step))
+        args, carry = self.args, self.carries[micro]
+        first_row = (rank() * args.grad_accum + micro) * args.batch_size
+        drawn = carry["drawn"] if carry else torch.full((args.batch_size,), step)
+        self.loader.request(first_row, drawn, carry and carry["halted"])
 
+    @torch.no_grad()
     def average(self):
         """Move the averaged weights towards the weights; at first faster, or the first ones would stay in them."""
         if self.ema:
             decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
-            weights = [p.detach() for p in self.model.parameters()]
-            torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
     def open_log(self, size):
         """metrics.jsonl, of which size bytes belong to the run so far, Weights & Biases, the progress bar."""
@@ -1222,19 +1216,16 @@ class Run:
             file.truncate(min(size, file.tell()))  # what was logged after the checkpoint will be logged again
         if args.wandb_mode != "disabled":
             os.environ["WANDB_MODE"] = args.wandb_mode  # an empty one would be an error
-            try:
-                import wandb
+            import wandb
 
-                self.wandb = wandb.init(
-                    project=args.wandb_project,
-                    name=args.run_name or self.out_dir.name,
-                    dir=args.out_dir,
-                    id=self.wandb_id,
-                    resume="allow",
-                    config=args.flags,
-                )
-            except Exception as error:
-                raise DataError(f"--wandb_mode {args.wandb_mode}: {first_line(error)}") from None
+            self.wandb = wandb.init(
+                project=args.wandb_project,
+                name=args.run_name or self.out_dir.name,
+                dir=args.out_dir,
+                id=self.wandb_id,
+                resume="allow",
+                config=args.flags,
+            )
             self.wandb_id = self.wandb.id
 
     def log(self, split, metrics):
@@ -1294,7 +1285,6 @@ def shares(batches):
 def train(run):
     """The loop. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
     args, net, optimizer, scaler = run.args, run.net, run.optimizer, run.scaler
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     while True:
         # Evaluate, save, leave. A signal ends the run here, after a whole update.
         done, stop, better = run.step >= args.max_train_steps, received_signal(), False
@@ -1303,8 +1293,7 @@ def train(run):
                 better = run.validate()
             except Stopped as stopped:  # half an evaluation is none: the resumed run begins with it
                 (stop,) = stopped.args
-        due = args.save_interval and run.step % args.save_interval == 0 and run.step > run.saved
-        if better or due or done or stop:
+        if better or done or stop or args.save_interval and run.step % args.save_interval == 0:
             run.save("ckpt.pt")  # with a new best.pt too: the two belong together
         if done and run.last["step"] == run.step:
             run.finish()
@@ -1312,8 +1301,8 @@ def train(run):
         if stop:
             run.bar.close()
             launcher = "python" if world_size() == 1 else f"torchrun --nproc_per_node {world_size()}"
-            command = f"{launcher} {Path(__file__).name} --resume --out_dir {shlex.quote(args.out_dir)}"
-            say(f"stopped after step {run.step}; go on with: {command}")
+            where = shlex.quote(args.out_dir)
+            say(f"stopped after step {run.step}; go on with: {launcher} {SCRIPT}.py --resume --out_dir {where}")
             return 128 + stop
 
         # Fetch and accumulate.
@@ -1333,7 +1322,7 @@ def train(run):
 
         # Step.
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1375,9 +1364,8 @@ def launch():
     data = make_data(args, checkpoint and checkpoint["config"])
     if not args.eval_only:
         run = Run(args, data, checkpoint)
-        count = f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
-        count += f", {size_of(data['train']):,} training samples, {world_size()} x {args.device} {args.dtype}"
-        say(f"{Path(__file__).stem}: {count}, from step {run.step} -> {run.out_dir}")
+        sizes = f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples"
+        say(f"{sizes}, {world_size()} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}")
         with catch_signals():
             return train(run)
     model = Model(data["config"]).to(args.device).eval()
