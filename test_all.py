@@ -596,8 +596,8 @@ def test_the_curriculum_moves_the_intermediate_weights_from_its_start_to_its_end
     near(deep_loss("constant", curriculum=0.5)[0], (each * torch.tensor([0.25, 0.25, 1.0])).sum() / 1.5)
     cases = {(0, 0): [1, 1, 1, 1], (2, 6): [0, 0, 0.5, 1], (3, 3): [0, 0, 1, 1], (0, 8): [0, 0.25, 0.5, 1]}
     for (start, end), values in cases.items():
-        flags = {"curriculum_start_step": start, "curriculum_end_step": end, "deep_supervision_weight": 1.0}
-        sums = [loss_of(trm(), trm_batch(), at=at, **flags)[1] for at in (0, 2, 4, 9)]
+        flags = f"--curriculum_start_step {start} --curriculum_end_step {end} --deep_supervision_weight 1"
+        sums = [loss_of(trm(), trm_batch(), flags, at)[1] for at in (0, 2, 4, 9)]
         assert [float(each["supervision_weight"][0]) / 3 for each in sums] == values
 
 
@@ -705,41 +705,34 @@ def test_checkpointing_gives_the_gradient_of_the_full_graph(amp):
     assert same(gradients(model, batch, **amp), right)
 
 
-class TrmArgs:
-    """compute_loss's flags, without a parser."""
-
-    enable_deep_supervision, deep_supervision_weight, deep_supervision_schedule = True, 0.5, "linear_decay"
-    curriculum_start_step = curriculum_end_step = 0
-    L_cycle_supervision, H_cycles, L_cycles = 0.0, 3, 2
-    data_folder, halt_cosine, seed = "folder", 0.9, 0
-
-    def __init__(self, **changes):
-        vars(self).update(changes)
+@functools.lru_cache
+def trm_args(flags=""):
+    return parsed("trm_deep", f"--data_folder unread --L_cycles 2 --enable_deep_supervision {flags}")
 
 
-def loss_of(model, batch, carry=None, at=0, **flags):
+def loss_of(model, batch, flags="", at=0):
     rows, ones = torch.arange(len(batch["labels"])), torch.ones(len(batch["labels"]), dtype=torch.int32)
     full = {**batch, "rows": rows, "min_steps": ones, "step": at, "share": 1.0}
-    return trm_deep.compute_loss(model, full, carry, TrmArgs(**flags))
+    return trm_deep.compute_loss(model, full, None, trm_args(flags))
 
 
 def test_the_l_cycles_add_their_losses():
     model, batch = trm(), trm_batch()
     latents = step(model, batch, enable_deep_supervision=True, latent_logits=True)[1]["latent_logits"]
     means = torch.stack([sum(F.mse_loss(x, batch["labels"]) for x in each) / 2 for each in latents])
-    plain, both = (loss_of(model, batch, L_cycle_supervision=weight)[0] for weight in (0.0, 0.4))
-    near(both - plain, 0.4 * (means * torch.tensor([1 / 6, 2 / 6, 1.0])).sum() / 1.5)
+    plain, both = (loss_of(model, batch, flags)[0] for flags in ("", "--L_cycle_supervision 0.4"))
+    near(both - plain, 0.4 * (means * torch.tensor([0.5, 0.5, 1.0])).sum() / 2)
 
 
 def test_memory_of_the_variants_in_bytes():
     """Counted, not timed: checkpointed cycles hold about one graph at a time, the full graph all four."""
 
-    def peak(grad_checkpoint=False, **flags):
+    def peak(flags="", grad_checkpoint=False):
         model, batch = trm(hidden_size=32, vocab_size=32, H_cycles=4), trm_batch(16, 32, 32)
         model.grad_checkpoint = grad_checkpoint
-        return peak_bytes(lambda: loss_of(model, batch, H_cycles=4, **flags)[0].backward())
+        return peak_bytes(lambda: loss_of(model, batch, f"--H_cycles 4 {flags}")[0].backward())
 
-    none = peak(enable_deep_supervision=False)
+    none = peak("--enable_deep_supervision False")
     assert 3.3 < peak() / none < 4.2 and peak(grad_checkpoint=True) / none < 1.35
 
 
@@ -884,10 +877,10 @@ def test_a_sentence_is_right_when_its_signs_decode_or_its_cosine_is_high():
     wrong = 0.1 * labels
     wrong[1, 2] -= (wrong[1, 2] @ Q[5]) * Q[5] * 1.1  # one sign of one sentence turned over
     with torch.autocast("cpu", torch.bfloat16):
-        positions, rows = trm_deep.is_right(wrong, labels, TrmArgs(data_folder=None))
+        positions, rows = trm_deep.is_right(wrong, labels, parsed("trm_deep", ""))
     assert (~positions).nonzero().tolist() == [[1, 2]] and rows.tolist() == [True, False]
-    assert trm_deep.is_right(0.1 * labels, labels, TrmArgs())[1].all()
-    assert not trm_deep.is_right(-labels, labels, TrmArgs())[1].any()
+    assert trm_deep.is_right(0.1 * labels, labels, trm_args())[1].all()
+    assert not trm_deep.is_right(-labels, labels, trm_args())[1].any()
 
 
 def folder_with(folder, chunks):
@@ -1066,8 +1059,8 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, capsy
     assert "read up to 13 at once, trained on 12" in capsys.readouterr().out
 
     floats = "finite floats \\[T, 96\\] or"
-    bad = {"zip": (b"PK and no zip", "cannot be read"), "text": (b"1 2 3", "cannot be read")}
-    bad |= {"complex": (prefix * 1j, floats), "narrow": (prefix[..., :5], floats), "nan": (prefix * np.nan, floats)}
+    bad = {"zip": (b"PK and no zip", "cannot be read"), "complex": (prefix * 1j, floats)}
+    bad |= {"narrow": (prefix[..., :5], floats), "nan": (prefix * np.nan, floats)}
     for name, (content, message) in bad.items():
         with pytest.raises(SystemExit, match=f"{name}_in.npy: .*{message}"):
             predict(name, content)
