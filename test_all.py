@@ -371,160 +371,131 @@ def test_processes_and_micro_batches_share_a_bucketed_batch_and_resuming_finds_i
 SMALL = {"vocab_size": 16, "hidden_size": 16, "num_heads": 2, "L_layers": 2, "H_cycles": 3, "L_cycles": 2}
 
 
-def trm(seed=0, **changes):
-    torch.manual_seed(seed)
+def trm(**changes):
+    torch.manual_seed(0)
     return trm_deep.Model({**SMALL, **changes})
 
 
 def trm_batch(B=3, T=5, D=16, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(B, T, D, generator=generator) for name in ("input_embeddings", "labels")}
+    x = torch.randn(2, B, T, D, generator=torch.Generator().manual_seed(seed))
+    return dict(zip(("input_embeddings", "labels"), x, strict=True))
 
 
 def step(model, batch, carry=None, **kwargs):
     return model(carry or model.initial_carry(batch), batch, **kwargs)
 
 
+def near(mine, right, tolerance=1e-4):
+    torch.testing.assert_close(mine.detach().double(), right.detach().double(), atol=tolerance, rtol=tolerance)
+
+
+def ref_norm(rows, eps):
+    """Each row [D] over its root mean square."""
+    return torch.stack([row / (row.pow(2).mean() + eps).sqrt() for row in rows])
+
+
+def ref_rotate(rows, angle):
+    """Half-split rotation of rows [T, d], one pair of numbers at a time: pair j of row t by angle(t, j)."""
+    out, half = rows.clone(), rows.shape[1] // 2
+    for t, j in itertools.product(range(len(rows)), range(half)):
+        turned = complex(rows[t, j], rows[t, j + half]) * cmath.exp(1j * angle(t, j))
+        out[t, j], out[t, j + half] = turned.real, turned.imag
+    return out
+
+
+def ref_attention(q, k, v, visible):
+    """Of one head, one query at a time: q, k [T, d], v [T, e]; visible(t): the keys that query t may see."""
+    sees = [list(visible(t)) for t in range(len(q))]
+    return torch.stack([torch.softmax(k[s] @ q[t] / q.shape[1] ** 0.5, 0) @ v[s] for t, s in enumerate(sees)])
+
+
 def reference_trm(model, x, z_H, z_L):
-    """spec in words, one sample, one position and one head at a time, float64: z_H, z_L and the answers per cycle."""
-    c = model.config
-    weights = {name: p.detach().double() for name, p in model.named_parameters()}
-    d, x, z_H, z_L = c.hidden_size // c.num_heads, x.double(), z_H.double(), z_L.double()
-
-    def norm(v):
-        return v / (v.pow(2).mean() + 1e-5).sqrt()
-
-    def turn(v, position):
-        v, out = v.tolist(), [0.0] * d
-        for j in range(d // 2):
-            angle = position * 10000 ** (-2 * j / d)
-            out[j] = v[j] * math.cos(angle) - v[j + d // 2] * math.sin(angle)
-            out[j + d // 2] = v[j + d // 2] * math.cos(angle) + v[j] * math.sin(angle)
-        return torch.tensor(out, dtype=torch.float64)
+    """The published model in words, one sample, float64: z_H, z_L and the answers after each cycle."""
+    c, weights = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    d = c.hidden_size // c.num_heads
 
     def block(h, i):
-        T, D = h.shape
-        w = {name: weights[f"layers.{i}.{name}.weight"] for name in ("qkv", "o", "gate_up", "down")}
-        qkv, mixed = h @ w["qkv"].T, torch.zeros(T, D, dtype=torch.float64)
-        for head in range(c.num_heads):
-            q, k, v = (qkv[:, part * D + head * d : part * D + (head + 1) * d] for part in range(3))
-            q, k = (torch.stack([turn(row, t) for t, row in enumerate(rows)]) for rows in (q, k))
-            for t in range(T):
-                seen = t + 1 if c.causal else T
-                mixed[t, head * d : (head + 1) * d] = torch.softmax(k[:seen] @ q[t] / d**0.5, 0) @ v[:seen]
-        h = torch.stack([norm(row) for row in h + mixed @ w["o"].T])
-        inner = w["down"].shape[1]
-        gate, up = (h @ w["gate_up"].T)[:, :inner], (h @ w["gate_up"].T)[:, inner:]
-        return torch.stack([norm(row) for row in h + (gate * torch.sigmoid(gate) * up) @ w["down"].T])
-
-    def net(a, b):
-        h = a + b
-        for i in range(c.L_layers):
-            h = block(h, i)
-        return h
+        qkv, o, gate_up, down = (weights[f"layers.{i}.{name}.weight"].T for name in ("qkv", "o", "gate_up", "down"))
+        heads = []
+        for q, k, v in zip(*(part.split(d, 1) for part in (h @ qkv).chunk(3, 1)), strict=True):
+            if c.pos_encodings == "rope":
+                q, k = (ref_rotate(rows, lambda t, j: t * 10000 ** (-2 * j / d)) for rows in (q, k))
+            heads.append(ref_attention(q, k, v, lambda t: range(t + 1 if c.causal else len(x))))
+        h = ref_norm(h + torch.cat(heads, 1) @ o, 1e-5)
+        gate, up = (h @ gate_up).chunk(2, 1)
+        return ref_norm(h + (gate * torch.sigmoid(gate) * up) @ down, 1e-5)
 
     answers = []
     for _ in range(c.H_cycles):
         for _ in range(c.L_cycles):
-            z_L = net(z_L, z_H + x)
-        z_H = net(z_H, z_L)
+            z_L = functools.reduce(block, range(c.L_layers), z_L + z_H + x)
+        z_H = functools.reduce(block, range(c.L_layers), z_H + z_L)
         answers.append(z_H @ weights["lm_head.weight"].T)
     return z_H, z_L, answers
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_model_equals_the_slow_reference_over_two_supervision_steps(causal):
-    model, batch, carry = trm(causal=causal), trm_batch(), None
-    start = [v.detach().expand(5, 16) for v in (model.H_init, model.L_init)]
-    states = [start] * 3
+@pytest.mark.parametrize("causal,positions", [(True, "rope"), (False, "rope"), (True, "none"), (False, "none")])
+def test_model_equals_the_slow_reference_over_two_supervision_steps(causal, positions):
+    model, batch, carry = trm(causal=causal, pos_encodings=positions), trm_batch(), None
+    states = [[v.detach().double().expand(5, 16) for v in (model.H_init, model.L_init)]] * 3
     for _ in range(2):
         carry, outputs = step(model, batch, carry, enable_deep_supervision=True)
+        mine = [carry["z_H"], carry["z_L"], *outputs["intermediate_logits"]]
         for b in range(3):
-            z_H, z_L, answers = reference_trm(model, batch["input_embeddings"][b], *states[b])
-            states[b] = [z_H, z_L]
-            torch.testing.assert_close(carry["z_H"][b].double(), z_H, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(carry["z_L"][b].double(), z_L, atol=1e-5, rtol=1e-5)
-            for mine, right in zip(outputs["intermediate_logits"], answers, strict=True):
-                torch.testing.assert_close(mine[b].detach().double(), right, atol=1e-5, rtol=1e-5)
-    assert torch.equal(outputs["logits"], outputs["intermediate_logits"][-1])
+            *states[b], answers = reference_trm(model, batch["input_embeddings"][b].double(), *states[b])
+            near(torch.stack([value[b] for value in mine]), torch.stack([*states[b], *answers]))
+    assert outputs["logits"] is mine[-1]
 
 
 def test_inference_computes_the_final_head_only():
     model, calls = trm().eval(), []
-
-    class Count(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            calls.append(function is F.linear and args[1] is model.lm_head.weight)
-            return function(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Count():
-        trm_deep.answer(model, trm_batch())  # ten supervision steps of three cycles
-    assert sum(calls) == 10
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    trm_deep.answer(model, trm_batch())  # ten supervision steps of three cycles
+    assert len(calls) == 10
 
 
-def test_swiglu_size_and_initialisation():
-    model = trm(hidden_size=64, num_heads=4, vocab_size=64)
+def test_sizes_and_initialisation():
+    model = trm(hidden_size=64, num_heads=4)
     assert model.layers[0].down.weight.shape == (64, 256)  # round(4 * 64 * 2 / 3) = 171, up to a multiple of 256
-    assert trm(hidden_size=512, num_heads=8, vocab_size=512).layers[0].down.weight.shape == (512, 1536)
     for p in (model.layers[0].qkv.weight, model.layers[1].down.weight, model.lm_head.weight):
         assert p.std().item() == pytest.approx(p.shape[1] ** -0.5, rel=0.05)
         assert p.abs().max() <= 2.3 * p.shape[1] ** -0.5
     assert not model.q_head.weight.any() and model.q_head.bias.item() == -5
-
-
-def test_another_hidden_size_is_projected_and_the_dimensions_are_checked():
-    model = trm_deep.Model(trm_deep.Config(input_size=6, output_size=4, hidden_size=16, num_heads=2, L_layers=1))
-    batch = {"input_embeddings": torch.randn(2, 3, 6), "labels": torch.randn(2, 3, 4)}
-    assert step(model, batch)[1]["logits"].shape == (2, 3, 4)
-    with pytest.raises(ValueError, match="hidden_size 18, expected a multiple of 2 \\* num_heads = 8"):
+    model, inputs = trm(input_size=6, output_size=4), torch.randn(2, 3, 6)  # another hidden size is projected
+    assert step(model, {"input_embeddings": inputs})[1]["logits"].shape == (2, 3, 4)
+    with pytest.raises(DataError, match="hidden_size 18, expected a multiple of 2 \\* num_heads = 8"):
         trm(hidden_size=18, num_heads=4)
+    with pytest.raises(DataError, match="pos_encodings 'learned', expected 'rope' or 'none'"):
+        trm(pos_encodings="learned")
 
 
 @pytest.mark.parametrize("path", dumps("inner.H_init"))
 @pytest.mark.parametrize("causal", [False, True])
 def test_parity_with_the_published_model(causal, path):
     """The dump: weights (`w:` + name), config as JSON, inputs, and outputs (under `causal:` the causal ones)."""
-    dump = np.load(path)
-    prefix = "causal:" if causal else ""
-    weights = {name[2:]: dump[name] for name in dump.files if name.startswith("w:")}
-    model = trm_deep.from_official({**json.loads(str(dump["config"])), "causal": causal}, weights)
-    batch = {name: torch.tensor(dump[name]) for name in ("input_embeddings", "labels")}
-
-    def check(mine, name):
-        torch.testing.assert_close(
-            mine.detach(), torch.tensor(dump[prefix + name]).to(mine.dtype), atol=1e-4, rtol=1e-4
-        )
-
-    first, outputs = step(model, batch, enable_deep_supervision=True)
-    second, later = step(model, batch, first)
-    check(outputs["logits"], "logits")
-    check(torch.stack(outputs["intermediate_logits"]), "intermediate_logits")
-    check(outputs["q_halt_logits"], "q_halt_logits")
-    check(first["z_H"], "z_H")
-    check(later["logits"], "act2:logits")
-    check(second["z_H"], "act2:z_H")
-    check(second["z_L"], "act2:z_L")
-    flipped = {"input_embeddings": batch["input_embeddings"].flip(1), "labels": batch["labels"]}
-    mixed, outputs = step(model, flipped, {**first, "halted": torch.tensor([True, False])})
-    check(outputs["logits"], "reset:logits")
+    raw = np.load(path)
+    dump = {name: torch.tensor(value) for name, value in raw.items() if value.dtype.kind != "U"}
+    config = json.loads(str(raw["config"])) | {"causal": causal}
+    model = trm_deep.from_official(config, {name[2:]: w for name, w in dump.items() if name.startswith("w:")})
+    batch = {name: dump[name] for name in ("input_embeddings", "labels")}
+    first, one = step(model, batch, enable_deep_supervision=True)
+    second, two = step(model, batch, first)
+    flipped = batch | {"input_embeddings": batch["input_embeddings"].flip(1)}
+    mixed, reset = step(model, flipped, first | {"halted": torch.tensor([True, False])})
+    mine = {"logits": one["logits"], "intermediate_logits": torch.stack(one["intermediate_logits"])}
+    mine |= {"q_halt_logits": one["q_halt_logits"], "z_H": first["z_H"], "act2:logits": two["logits"]}
+    mine |= {"act2:z_H": second["z_H"], "act2:z_L": second["z_L"], "reset:logits": reset["logits"]}
+    for schedule in (None, "constant", "linear_decay", "exponential_decay"):
+        loss, grads = gradients(model, batch, schedule)
+        squares = [g.square().sum() for name, g in grads.items() if g is not None and "q_head" not in name]
+        mine |= {f"loss:{schedule or 'baseline'}": loss, f"gradnorm:{schedule or 'baseline'}": sum(squares).sqrt()}
+    for name, value in mine.items():
+        near(value, dump["causal:" * causal + name])
     assert mixed["steps"].tolist() == dump["reset:steps"].tolist()
-    for schedule in ("baseline", "constant", "linear_decay", "exponential_decay"):
-        model.zero_grad()
-        outputs = step(model, batch, enable_deep_supervision=schedule != "baseline")[1]
-        loss = F.mse_loss(outputs["logits"], batch["labels"])
-        if schedule != "baseline":
-            loss, _ = trm_deep.compute_deep_supervision_loss(
-                outputs["intermediate_logits"], batch["labels"], schedule, 0.5
-            )
-        loss.backward()
-        squares = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
-        check(loss, f"loss:{schedule}")
-        check(torch.stack(squares).sum().sqrt(), f"gradnorm:{schedule}")
 
 
-def test_from_official_renames_and_refuses_what_does_not_fit():
-    model = trm(causal=False)
-    official = {"inner.embed_tokens.embedding_weight": np.zeros((16, 16))}
+def test_published_names_are_renamed_own_ones_stay_and_misfits_are_refused():
+    model, official = trm(causal=False), {"inner.embed_tokens.embedding_weight": np.zeros((16, 16))}
     for name, value in model.state_dict().items():
         name = re.sub(r"\.(qkv|o)\.", r".self_attn.\1_proj.", re.sub(r"\.(gate_up|down)\.", r".mlp.\1_proj.", name))
         name = f"inner.L_level.{name}" if name.startswith("layers") else f"inner.{name}"
@@ -532,6 +503,7 @@ def test_from_official_renames_and_refuses_what_does_not_fit():
     assert "inner.L_level.layers.1.self_attn.o_proj.weight" in official
     loaded = trm_deep.from_official(SMALL, official)
     assert same(loaded.state_dict(), model.state_dict()) and not loaded.config.causal
+    assert same(trm_deep.to_our_names(model.state_dict()), dict(model.state_dict()))
     del official["inner.H_init"]
     with pytest.raises(ValueError, match="H_init"):
         trm_deep.from_official(SMALL, official)
@@ -540,68 +512,67 @@ def test_from_official_renames_and_refuses_what_does_not_fit():
 # ==== trm_deep.py: no leak ===========================================================================================
 
 
-def test_an_input_changes_no_output_before_it():
-    model, batch, carry, other_carry = trm(), trm_batch(T=6), None, None
-    for t in range(6):
-        changed = {**batch, "input_embeddings": batch["input_embeddings"].clone()}
-        changed["input_embeddings"][:, t] += 1.0
-        for _ in range(3):  # several supervision steps: the carry must not leak either
-            carry, outputs = step(model, batch, carry)
-            other_carry, others = step(model, changed, other_carry)
-            assert torch.equal(outputs["logits"][:, :t], others["logits"][:, :t])
-            assert not torch.equal(outputs["logits"][:, t], others["logits"][:, t])
-        carry = other_carry = None
+@pytest.mark.parametrize("t", range(6))
+def test_an_input_changes_no_output_before_it(t):
+    model, batch, carry, other = trm(), trm_batch(T=6), None, None
+    changed = {**batch, "input_embeddings": batch["input_embeddings"].index_fill(1, torch.tensor(t), 1.0)}
+    for _ in range(3):  # several supervision steps: the carry must not leak either
+        carry, outputs = step(model, batch, carry)
+        other, others = step(model, changed, other)
+        equal = (outputs["logits"] == others["logits"]).all(-1)
+        assert equal[:, :t].all() and not equal[:, t].any()
 
 
-def noise_folder(folder, shifted_dict=False):
-    generator = torch.Generator().manual_seed(5)
-    for split, size in (("train", 512), ("val", 256)):
-        x = torch.randn(size, 9, 8, generator=generator)
-        x = {"input_embeddings": x[:, :-1].clone(), "labels": x[:, 1:].double()} if shifted_dict else x
-        torch.save(x, folder / f"{split}_embeddings_chunk_0.pt")
-    size = "--num_heads 2 --hidden_size 32 --L_layers 1 --L_cycles 1 --halt_max_steps 2 --batch_size 32 --ema_decay 0"
-    return f"--data_folder {folder} {size} --lr 3e-3 --max_train_steps 250 --warmup_steps 10 --eval_interval 50"
+def train_on_noise(folder, as_dict=False, flags=""):
+    x = torch.randn(768, 9, 8, generator=torch.Generator().manual_seed(5))
+    for split, part in {"train": x[:512], "val": x[512:]}.items():
+        shifted = {"input_embeddings": part[:, :-1].clone(), "labels": part[:, 1:].double()}
+        torch.save(shifted if as_dict else part, folder / f"{split}_embeddings_chunk_0.pt")
+    flags += (
+        " --num_heads 2 --hidden_size 32 --L_layers 1 --L_cycles 1 --halt_max_steps 2 --batch_size 32 --ema_decay 0"
+    )
+    flags += f" --data_folder {folder} --lr 3e-3 --max_train_steps 250 --warmup_steps 10 --eval_interval 50"
+    lines = run("trm_deep", folder / "run", flags, tiny=False)
+    return min(line["loss"] for line in lines if line["split"] == "val")
 
 
-@pytest.mark.parametrize(
-    "flags", ["", "--enable_deep_supervision", "--enable_deep_supervision --detach_cycles", "dict"]
-)
-def test_noise_cannot_be_predicted(tmp_path, flags):
-    words = noise_folder(tmp_path, shifted_dict=flags == "dict")
-    lines = run("trm_deep", tmp_path / "run", f"{words} {flags.replace('dict', '')}", tiny=False)
-    assert min(line["loss"] for line in lines if line["split"] == "val") >= 0.97
+@pytest.mark.parametrize("as_dict,flags", [(False, ""), (False, "--enable_deep_supervision"), (True, "")])
+def test_noise_cannot_be_predicted(tmp_path, as_dict, flags):
+    assert train_on_noise(tmp_path, as_dict, flags) >= 0.97
 
 
 def test_the_noise_test_would_see_a_leak(tmp_path, monkeypatch):
     monkeypatch.setattr(trm_deep, "predicts_next", lambda dataset: False)  # the source's bidirectional attention
-    lines = run("trm_deep", tmp_path / "run", noise_folder(tmp_path), tiny=False)
-    assert lines[-1]["loss"] < 0.9
+    assert train_on_noise(tmp_path) < 0.9
 
 
 # ==== trm_deep.py: the loss ==========================================================================================
 
-WORKED = [  # the document's numbers, and the same formulas at H = 4
-    ("constant", 3, 0.5, [0.5, 0.5, 1.0], 2.0),
-    ("linear_decay", 3, 0.5, [0.167, 0.333, 1.0], 1.5),
-    ("exponential_decay", 3, 0.5, [0.125, 0.25, 1.0], 1.375),
-    ("constant", 4, 0.3, [0.3, 0.3, 0.3, 1.0], 1.9),
-    ("linear_decay", 4, 0.5, [0.125, 0.25, 0.375, 1.0], 1.75),
-    ("exponential_decay", 4, 0.5, [0.0625, 0.125, 0.25, 1.0], 1.4375),
-    ("u_shaped", 4, 0.5, [1.0, 0.25, 0.25, 1.0], 2.5),
-    ("0.3,0.4,0.7,1.0", 4, 0.5, [0.3, 0.4, 0.7, 1.0], 2.4),
-    ("constant", 1, 0.5, [1.0], 1.0),
+WORKED = [  # the document's numbers, and others
+    ("constant", 0.5, [0.5, 0.5, 1.0], 2.0),
+    ("linear_decay", 0.5, [0.167, 0.333, 1.0], 1.5),
+    ("exponential_decay", 0.5, [0.125, 0.25, 1.0], 1.375),
+    ("linear_decay", 0.4, [0.1, 0.2, 0.3, 1.0], 1.6),
+    ("u_shaped", 0.5, [1.0, 0.25, 0.25, 1.0], 2.5),
+    ("0.3,0.4,0.7,1.0", 0.5, [0.3, 0.4, 0.7, 1.0], 2.4),
+    ("constant", 0.5, [1.0], 1.0),
 ]
 
 
-@pytest.mark.parametrize("schedule,steps,base,weights,total", WORKED)
-def test_weights_and_totals_are_the_documents(schedule, steps, base, weights, total):
-    mine = trm_deep.supervision_weights(steps, schedule, base)
-    assert [round(w, 3 if "linear" in schedule else 6) for w in mine] == weights and sum(mine) == pytest.approx(total)
-    logits, labels = [torch.randn(2, 3, 4) for _ in range(steps)], torch.randn(2, 3, 4)
-    loss, losses = trm_deep.compute_deep_supervision_loss(logits, labels, schedule, base)
-    each = [((x - labels) ** 2).mean() for x in logits]
-    assert loss.item() == pytest.approx(sum(w * x for w, x in zip(mine, each, strict=True)).item() / total)
-    assert [x.item() for x in losses] == pytest.approx([x.item() for x in each])
+def deep_loss(schedule, num_steps=3, function=trm_deep.compute_deep_supervision_loss, **more):
+    """The loss, the steps' losses, and those by hand, of random predictions."""
+    logits, labels = torch.randn(num_steps, 2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3, 4)
+    return *function(list(logits), labels, schedule, 0.5, **more), (logits - labels).square().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("schedule,base,weights,total", WORKED)
+def test_weights_and_totals_are_the_documents(schedule, base, weights, total):
+    mine = trm_deep.supervision_weights(len(weights), schedule, base)
+    assert mine == pytest.approx(weights, abs=5e-4) and sum(mine) == pytest.approx(total)
+    loss, losses, each = deep_loss(schedule, len(weights))
+    mine = torch.tensor(trm_deep.supervision_weights(len(weights), schedule, 0.5))
+    near(loss, (mine * each).sum() / mine.sum())
+    near(torch.stack(losses), each)
 
 
 @pytest.mark.parametrize("schedule", ["quadratic", "0.1,1.0", "1,1,0", "-1,1,1", "nan,1,1", "inf,1,1", ""])
@@ -611,41 +582,32 @@ def test_a_schedule_that_is_none_is_refused(schedule):
 
 
 def test_dynamic_weights_follow_the_difficulty_without_gradient():
-    labels = torch.zeros(1, 1, 4)
     logits = [torch.full((1, 1, 4), value, requires_grad=True) for value in (2.0, 1.0, 1.0)]
-    loss, _ = trm_deep.compute_deep_supervision_loss(logits, labels, "dynamic", 0.5)
-    weights = [0.5, 0.5 / 4, 1.0]  # losses 4, 1, 1; the hardest gets the base weight
-    assert loss.item() == pytest.approx((0.5 * 4 + 0.125 * 1 + 1.0) / sum(weights))
+    loss, _ = trm_deep.compute_deep_supervision_loss(logits, torch.zeros(1, 1, 4), "dynamic", 0.5)
+    total = 0.5 + 0.5 / 4 + 1.0  # losses 4, 1, 1; the hardest gets the base weight
+    assert loss.item() == pytest.approx((0.5 * 4 + 0.125 * 1 + 1.0) / total)
     loss.backward()
-    assert logits[0].grad[0, 0, 0].item() == pytest.approx(weights[0] / sum(weights) * 2 * 2.0 / 4)
+    assert logits[0].grad[0, 0, 0].item() == pytest.approx(0.5 / total * 2 * 2.0 / 4)
 
 
-def test_the_curriculum_moves_the_intermediate_weights_only():
-    logits, labels = [torch.randn(2, 3, 4) for _ in range(3)], torch.randn(2, 3, 4)
-    none, losses = trm_deep.compute_deep_supervision_loss(logits, labels, "u_shaped", 0.5, curriculum=0.0)
-    half, _ = trm_deep.compute_deep_supervision_loss(logits, labels, "constant", 0.5, curriculum=0.5)
-    assert none.item() == pytest.approx(losses[2].item())
-    assert half.item() == pytest.approx((0.25 * losses[0] + 0.25 * losses[1] + losses[2]).item() / 1.5)
-
-
-@pytest.mark.parametrize(
-    "start,end,values", [(0, 0, [1, 1, 1]), (2, 6, [0, 0, 0.5]), (3, 3, [0, 0, 1]), (0, 8, [0, 0.25, 0.5])]
-)
-def test_curriculum_is_zero_then_linear_then_one(start, end, values):
-    class Args:
-        curriculum_start_step, curriculum_end_step = start, end
-
-    assert [trm_deep.curriculum(at, Args) for at in (0, 2, 4)] == values and trm_deep.curriculum(9, Args) == 1
+def test_the_curriculum_moves_the_intermediate_weights_from_its_start_to_its_end():
+    none, _, each = deep_loss("u_shaped", curriculum=0.0)
+    near(none, each[2])
+    near(deep_loss("constant", curriculum=0.5)[0], (each * torch.tensor([0.25, 0.25, 1.0])).sum() / 1.5)
+    cases = {(0, 0): [1, 1, 1, 1], (2, 6): [0, 0, 0.5, 1], (3, 3): [0, 0, 1, 1], (0, 8): [0, 0.25, 0.5, 1]}
+    for (start, end), values in cases.items():
+        flags = f"--curriculum_start_step {start} --curriculum_end_step {end} --deep_supervision_weight 1"
+        sums = [loss_of(trm(), trm_batch(), flags, at)[1] for at in (0, 2, 4, 9)]
+        assert [float(each["supervision_weight"][0]) / 3 for each in sums] == values
 
 
 def test_the_loss_functions_run_when_pasted_elsewhere():
     scope = {"torch": torch, "F": F}
     for function in (trm_deep.supervision_weights, trm_deep.compute_deep_supervision_loss):
         exec(inspect.getsource(function), scope)
-    logits, labels = [torch.randn(2, 3, 4) for _ in range(3)], torch.randn(2, 3, 4)
     for schedule in ("constant", "linear_decay", "exponential_decay", "u_shaped", "dynamic", "1,2,3"):
-        pasted = scope["compute_deep_supervision_loss"](logits, labels, schedule, 0.5)
-        assert same(pasted, trm_deep.compute_deep_supervision_loss(logits, labels, schedule, 0.5))
+        pasted = deep_loss(schedule, function=scope["compute_deep_supervision_loss"])
+        assert same(pasted, deep_loss(schedule))
 
 
 def test_the_documents_training_loop_runs_as_written():
@@ -668,7 +630,6 @@ def test_the_documents_training_loop_runs_as_written():
         "enable_deep_supervision": True,
         "deep_supervision_weight": 0.3,
     }
-    torch.manual_seed(0)
     model = RecursiveLLM(config)
     batch = {"input_embeddings": torch.randn(8, 6, 32), "labels": torch.randn(8, 6, 32)}
     carry = model.initial_carry(batch)
@@ -680,187 +641,99 @@ def test_the_documents_training_loop_runs_as_written():
         loss_i = F.mse_loss(step_logits, batch["labels"][:, 0:1, :])
         total_loss += weights[i] * loss_i
     total_loss = total_loss / sum(weights)
-    before = [p.clone() for p in model.parameters()]
     total_loss.backward()
     optimizer.step()
     assert i == 3 and step_logits.shape == (8, 1, 32)
-    assert (
-        sum(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == len(before) - 2
-    )  # q_head
+    assert {name for name, p in model.named_parameters() if p.grad is None} == {"q_head.weight", "q_head.bias"}
 
     model.eval()
     with torch.no_grad():
         carry = model.initial_carry(batch)
         carry, outputs = model(carry, batch)
-        assert outputs["logits"].shape == (8, 6, 32) and "intermediate_logits" not in outputs
+        assert outputs["logits"].shape == (8, 6, 32) and len(outputs["intermediate_logits"]) == 1
         for t in (0, 3, -1):
-            one = model(model.initial_carry(batch), batch, t=t)[1]["logits"]
-            torch.testing.assert_close(one[:, 0], outputs["logits"][:, t])
+            near(model(model.initial_carry(batch), batch, t=t)[1]["logits"][:, 0], outputs["logits"][:, t])
 
 
 # ==== trm_deep.py: gradients =========================================================================================
 
 
-def gradients(model, batch, deep=True, schedule="constant", **kwargs):
+def gradients(model, batch, schedule="constant", **amp):
+    """The loss, and every trained parameter's gradient of it and of the halting head; schedule None: the plain loss."""
     model.zero_grad(set_to_none=True)
-    outputs = step(model, batch, enable_deep_supervision=deep, **kwargs)[1]
-    loss = F.mse_loss(outputs["logits"], batch["labels"])
-    if deep:
-        loss, _ = trm_deep.compute_deep_supervision_loss(outputs["intermediate_logits"], batch["labels"], schedule, 0.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(amp)):
+        outputs = step(model, batch, enable_deep_supervision=schedule is not None)[1]
+    logits, labels = outputs["intermediate_logits"], batch["labels"]
+    loss, _ = trm_deep.compute_deep_supervision_loss(logits, labels, schedule or "constant", 0.5)
     (loss + outputs["q_halt_logits"].mean()).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_gradient_runs_through_every_cycle_with_deep_supervision_and_the_last_without():
     """Against finite differences of a weight that is used in one chosen cycle only is too slow; H_init tells it all."""
     model, batch = trm(), trm_batch()
-    assert gradients(model, batch)["H_init"].abs().sum() > 0
-    ablation = gradients(model, batch, schedule="0,0,1")  # --deep_supervision_weight 0: full gradient, last loss only
-    assert ablation["H_init"].abs().sum() > 0
-    assert gradients(model, batch, deep=False)["H_init"] is None
-    frozen = trm_deep.Model(trm_deep.Config(16, 16, 16, 2, 1, learn_init=False))
-    assert all(g is not None for g in gradients(frozen, batch, deep=False).values())
+    for schedule in ("constant", "0,0,1"):  # the latter is --deep_supervision_weight 0: the last loss only
+        assert gradients(model, batch, schedule)[1]["H_init"].abs().sum() > 0
+    assert gradients(model, batch, None)[1]["H_init"] is None
+    assert all(g is not None for g in gradients(trm(learn_init=False), batch, None)[1].values())
 
 
-@pytest.mark.parametrize("deep", [True, False])
-@pytest.mark.parametrize("projected", [True, False])
-def test_gradients_under_amp_equal_float32_ones_for_every_parameter(deep, projected):
+@pytest.mark.parametrize("schedule", ["constant", None])
+@pytest.mark.parametrize("size", [24, 64])
+def test_amp_gives_float32_gradients_to_every_parameter_and_keeps_one_copy_of_each_weight(schedule, size):
     """The autocast cache trap: weights cast under no_grad in the early cycles must not lose their later gradient."""
-    torch.manual_seed(0)
-    sizes = (24 if projected else 64, 64, 64, 4, 2)
-    model = trm_deep.Model(trm_deep.Config(*sizes, L_cycles=2, learn_init=deep))
-    batch = {"input_embeddings": torch.randn(8, 6, sizes[0]), "labels": torch.randn(8, 6, 64)}
-    right = gradients(model, batch, deep)
-    with torch.autocast("cpu", torch.bfloat16):
-        mine = gradients(model, batch, deep)
+    model = trm(input_size=size, output_size=64, hidden_size=64, num_heads=4, learn_init=schedule is not None)
+    batch = {"input_embeddings": torch.randn(8, 6, size), "labels": torch.randn(8, 6, 64)}
+    right, mine = gradients(model, batch, schedule)[1], gradients(model, batch, schedule, amp=True)[1]
     for name, gradient in right.items():
-        assert mine[name] is not None, name
         assert F.cosine_similarity(mine[name].flatten(), gradient.flatten(), dim=0) > 0.97, name
         assert mine[name].norm().item() == pytest.approx(gradient.norm().item(), rel=0.1), name
 
+    def run_once():
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(model, batch, enable_deep_supervision=schedule is not None)[1]
 
-def test_under_amp_every_weight_is_cast_once_per_step():
-    model = trm_deep.Model(trm_deep.Config(24, 16, 16, 2, 2, L_cycles=2))
-    batch, casts = {"input_embeddings": torch.randn(2, 3, 24), "labels": torch.randn(2, 3, 16)}, []
-
-    class Count(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if (
-                isinstance(args[0] if args else None, torch.nn.Parameter)
-                and getattr(out, "dtype", None) == torch.bfloat16
-            ):
-                casts.append(id(args[0]))
-            return out
-
-    saved = set()
-
-    def pack(tensor):
-        if tensor.dtype == torch.bfloat16 and tensor.shape in ((48, 16), (16, 48)):  # the qkv matrix, or its transpose
-            saved.add(tensor.data_ptr())
-        return tensor
-
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        Count(),
-    ):
-        outputs = step(model, batch, enable_deep_supervision=True)[1]
-    assert len(saved) == 2 and outputs["logits"].dtype == torch.float32  # one copy for each of the two layers
-    matrices = {id(p) for p in model.parameters() if p.ndim == 2 and p is not model.q_head.weight}
-    assert sorted(casts) == sorted(matrices)
+    kept = saved_bytes(run_once, model, lambda x: x.dtype == torch.bfloat16 and set(x.shape) == {64, 3 * 64})
+    assert kept == 2 * (2 * 64 * 3 * 64) and run_once()["logits"].dtype == torch.float32  # qkv of the two layers
 
 
-@pytest.mark.parametrize("amp", [True, False])
+@pytest.mark.parametrize("amp", [{"amp": True}, {}])
 def test_checkpointing_gives_the_gradient_of_the_full_graph(amp):
     model, batch = trm(), trm_batch()
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        right = gradients(model, batch)
-        model.grad_checkpoint = True
-        mine = gradients(model, batch)
-    assert same(mine, right)
+    right = gradients(model, batch, **amp)
+    model.grad_checkpoint = True
+    assert same(gradients(model, batch, **amp), right)
 
 
-class TrmArgs:
-    """compute_loss's flags, without a parser."""
-
-    enable_deep_supervision, deep_supervision_weight, deep_supervision_schedule = True, 0.5, "linear_decay"
-    curriculum_start_step = curriculum_end_step = 0
-    L_cycle_supervision, detach_cycles, H_cycles, L_cycles = 0.0, False, 3, 2
-    data_folder, halt_cosine, seed = "folder", 0.9, 0
-
-    def __init__(self, **changes):
-        vars(self).update(changes)
+@functools.lru_cache
+def trm_args(flags=""):
+    return parsed("trm_deep", f"--data_folder unread --L_cycles 2 --enable_deep_supervision {flags}")
 
 
-def loss_of(model, batch, state=None, at=0, **flags):
-    B = len(batch["labels"])
-    full = {**batch, "rows": torch.arange(B), "min_steps": torch.ones(B, dtype=torch.int32), "step": at, "share": 1.0}
-    return trm_deep.compute_loss(model, full, state, TrmArgs(**flags))
+def loss_of(model, batch, flags="", at=0):
+    rows, ones = torch.arange(len(batch["labels"])), torch.ones(len(batch["labels"]), dtype=torch.int32)
+    full = {**batch, "rows": rows, "min_steps": ones, "step": at, "share": 1.0}
+    return trm_deep.compute_loss(model, full, None, trm_args(flags))
 
 
-@pytest.mark.parametrize("latent", [0.0, 0.4])
-def test_detached_cycles_equal_a_graph_cut_between_cycles(latent):
-    """The reference cuts each cycle's states by hand, keeps every graph and runs one backward pass over the sum."""
+def test_the_l_cycles_add_their_losses():
     model, batch = trm(), trm_batch()
-    loss, metrics, _ = loss_of(model, batch, detach_cycles=True, L_cycle_supervision=latent)
-    loss.backward()
-    mine = {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    cycles = []
-    model.zero_grad()
-    outputs = step(
-        model,
-        batch,
-        enable_deep_supervision=True,
-        latent_logits=True,
-        after_cycle=lambda h, logits, latents: (cycles.append((logits, latents)), (logits, latents))[1],
-    )[1]
-    cycles.append((outputs["logits"], outputs["latent_logits"][-1]))
-    total = 0
-    for weight, (logits, latents) in zip([1 / 6, 2 / 6, 1.0], cycles, strict=True):
-        own = F.mse_loss(logits, batch["labels"]) + latent * sum(F.mse_loss(x, batch["labels"]) for x in latents) / 2
-        total = total + weight / 1.5 * own
-    halting = F.softplus(outputs["q_halt_logits"]).mean()  # cross-entropy where no row is right
-    (total + 0.5 * halting).backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(mine[name], p.grad, atol=1e-6, rtol=1e-5)
-    assert loss.item() == pytest.approx((total + 0.5 * halting).item(), rel=1e-5)
-    assert metrics["loss"][0].item() / 3 == pytest.approx(total.item(), rel=1e-5)
-    assert metrics["q_halt_loss"][0].item() / 3 == pytest.approx(halting.item(), rel=1e-5)
-
-
-def test_detaching_is_another_gradient_and_the_l_cycles_add_their_losses():
-    model, batch = trm(), trm_batch()
-
-    def gradient(**flags):
-        model.zero_grad()
-        loss, _, _ = loss_of(model, batch, **flags)
-        loss.backward()
-        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    full, detached = gradient(), gradient(detach_cycles=True)
-    assert full[0] == pytest.approx(detached[0], rel=1e-6)
-    assert F.cosine_similarity(full[1], detached[1], dim=0) < 0.95
-    with torch.no_grad():
-        outputs = step(model, batch, enable_deep_supervision=True, latent_logits=True)[1]
-    more = 0
-    for weight, latents in zip([1 / 6, 2 / 6, 1.0], outputs["latent_logits"], strict=True):
-        more += weight / 1.5 * sum(F.mse_loss(x, batch["labels"]).item() for x in latents) / 2
-    assert gradient(L_cycle_supervision=0.4)[0] - full[0] == pytest.approx(0.4 * more, rel=1e-4)
+    latents = step(model, batch, enable_deep_supervision=True, latent_logits=True)[1]["latent_logits"]
+    means = torch.stack([sum(F.mse_loss(x, batch["labels"]) for x in each) / 2 for each in latents])
+    plain, both = (loss_of(model, batch, flags)[0] for flags in ("", "--L_cycle_supervision 0.4"))
+    near(both - plain, 0.4 * (means * torch.tensor([0.5, 0.5, 1.0])).sum() / 2)
 
 
 def test_memory_of_the_variants_in_bytes():
-    """Counted, not timed: detached or checkpointed cycles hold about one graph at a time, the full graph all four."""
+    """Counted, not timed: checkpointed cycles hold about one graph at a time, the full graph all four."""
 
-    def peak(**flags):
+    def peak(flags="", grad_checkpoint=False):
         model, batch = trm(hidden_size=32, vocab_size=32, H_cycles=4), trm_batch(16, 32, 32)
-        model.grad_checkpoint = flags.pop("grad_checkpoint", False)
-        return peak_bytes(lambda: loss_of(model, batch, H_cycles=4, **flags)[0].backward())
+        model.grad_checkpoint = grad_checkpoint
+        return peak_bytes(lambda: loss_of(model, batch, f"--H_cycles 4 {flags}")[0].backward())
 
-    none, deep = peak(enable_deep_supervision=False), peak()
-    assert 3.3 < deep / none < 4.2
-    assert peak(detach_cycles=True) / none < 1.35 and peak(grad_checkpoint=True) / none < 1.35
+    none = peak("--enable_deep_supervision False")
+    assert 3.3 < peak() / none < 4.2 and peak(grad_checkpoint=True) / none < 1.35
 
 
 def peak_bytes(run_once, cuda=False):
@@ -885,92 +758,97 @@ def peak_bytes(run_once, cuda=False):
 def test_a_halted_row_starts_anew_and_the_others_go_on_with_their_own_data():
     model, batch, later = trm(), trm_batch(), trm_batch(seed=2)
     carry, _ = step(model, batch)
-    assert carry["steps"].tolist() == [1, 1, 1] and not carry["z_H"].requires_grad
-    carry["halted"] = torch.tensor([False, True, False])
-    mixed, outputs = step(model, later, carry)
-    assert mixed["steps"].tolist() == [2, 1, 2]
-    for b, source in enumerate((batch, later, batch)):
-        assert torch.equal(mixed["labels"][b], source["labels"][b])
-    fresh = step(model, later)[1]["logits"][1]
-    goes_on = step(model, batch, {**carry, "halted": torch.zeros(3, dtype=torch.bool)})[1]["logits"]
-    torch.testing.assert_close(outputs["logits"][1], fresh)
-    torch.testing.assert_close(outputs["logits"][[0, 2]], goes_on[[0, 2]])
+    mixed, outputs = step(model, later, carry | {"halted": torch.tensor([False, True, False])})
+    assert mixed["steps"].tolist() == [2, 1, 2] and not mixed["z_H"].requires_grad
+    for b, (source, old) in enumerate([(batch, carry), (later, None), (batch, carry)]):
+        near(mixed["labels"][b], source["labels"][b], 0)
+        near(outputs["logits"][b], step(model, source, old)[1]["logits"][b])
 
 
 def test_rows_halt_when_sure_or_at_the_last_step_but_not_before_their_minimum():
     model, batch = trm(halt_max_steps=3), trm_batch(B=2)
-    min_steps = torch.tensor([1, 3], dtype=torch.int32)
+    no, minimum = [False, False], {"min_steps": torch.tensor([1, 3], dtype=torch.int32)}
 
-    def halts(bias):
+    def halts(bias, **more):
         model.q_head.bias.data.fill_(bias)
         carry, seen = None, []
         for _ in range(3):
-            carry, _ = step(model, {**batch, "min_steps": min_steps}, carry)
+            carry, _ = step(model, {**batch, **more}, carry)
             seen.append(carry["halted"].tolist())
         return seen
 
-    assert halts(-5.0) == [[False, False], [False, False], [True, True]]
-    assert halts(+5.0)[0] == [True, False] and halts(+5.0)[2] == [True, True]
+    assert halts(-5.0, **minimum) == [no, no, [True, True]]
+    assert halts(+5.0, **minimum)[::2] == [[True, False], [True, True]]
+    assert halts(+5.0)[0] == [True, True]  # a missing minimum is 1
     model.eval()
-    assert halts(+5.0) == [[False, False], [False, False], [True, True]]  # evaluation always runs all steps
+    assert halts(+5.0, **minimum) == [no, no, [True, True]]  # evaluation always runs all steps
 
 
 def test_exploration_is_drawn_per_sample_with_the_asked_probability():
-    model = trm(halt_max_steps=4, halt_exploration_prob=0.25)
-    drawn = model.draw_min_steps(trm_batch(B=4000, T=1))
-    assert (drawn > 1).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert set(drawn.tolist()) == {1, 2, 3, 4}
+    data = trm_deep.make_data(parsed("trm_deep", "--halt_max_steps 4 --halt_exploration_prob 0.25"))
+    extra = dict.fromkeys(("rows", "position"), np.arange(4000))
+    drawn = trm_deep.make_batch(data["train"], np.arange(4000), extra, data["collate"])["min_steps"]
+    assert (drawn > 1).float().mean().item() == pytest.approx(0.25, abs=0.03) and set(drawn.tolist()) == {1, 2, 3, 4}
 
 
 def test_training_takes_a_fresh_sample_only_for_halted_rows(tmp_path, monkeypatch):
     taken, real = [], trm_deep.compute_loss
 
-    def spy(model, batch, state, args):
-        loss, metrics, new = real(model, batch, state, args)
-        asked = 8 if state is None else int(state["halted"].sum())
-        taken.append((len(batch["rows"]), asked, new["steps"].tolist()))
-        return loss, metrics, new
+    def spy(model, batch, carry, args):
+        *rest, new = real(model, batch, carry, args)
+        taken.append((len(batch["rows"]), int(carry["halted"].sum()) if carry else 8, int(new["steps"][0])))
+        return *rest, new
 
     monkeypatch.setattr(trm_deep, "compute_loss", spy)
     run("trm_deep", tmp_path)
-    assert [drawn for drawn, _, _ in taken] == [asked for _, asked, _ in taken] == [8, 0, 0, 8, 0, 0]
-    assert [steps[0] for _, _, steps in taken] == [1, 2, 3, 1, 2, 3]
+    assert taken == [(8, 8, 1), (0, 0, 2), (0, 0, 3)] * 2
 
 
 def test_the_halting_head_learns_who_is_right():
-    torch.manual_seed(0)
-    model, batch = trm(causal=False), trm_batch(B=8)
-    optimizer = torch.optim.Adam(model.q_head.parameters(), lr=0.1)
-    model.requires_grad_(False)
-    model.q_head.requires_grad_(True)
-    with torch.no_grad():  # the first half of the rows is right from the start
-        batch["labels"][:4] = step(model, batch)[1]["logits"][:4]
+    model, batch = trm(causal=False).requires_grad_(False), trm_batch(B=8)
+    optimizer = torch.optim.Adam(model.q_head.requires_grad_(True).parameters(), lr=0.1)
+    batch["labels"][:4] = step(model, batch)[1]["logits"][:4]  # the first half of the rows is right from the start
     for _ in range(300):
         optimizer.zero_grad()
-        loss, metrics, state = loss_of(model, batch)
+        loss, sums, carry = loss_of(model, batch)
         loss.backward()
         optimizer.step()
-    assert state["halted"].tolist() == [True] * 4 + [False] * 4 and metrics["q_halt_loss"][0] / 8 < 0.2
+    assert carry["halted"].tolist() == [True] * 4 + [False] * 4 and sums["q_halt_loss"][0] / 8 < 0.2
 
 
-def test_a_causal_run_halts_by_the_position_that_has_seen_the_whole_row(tmp_path):
-    run("trm_deep", tmp_path, "--max_train_steps 1")
-    config = load(tmp_path)["config"]
-    assert config["causal"] and config["halt_position"] == -1
+def test_the_halting_head_of_a_causal_run_reads_the_last_position_and_shapes_nothing():
+    config = trm_deep.make_data(parsed("trm_deep", ""))["config"]
+    assert config.causal and config.halt_position == -1
     for position, sees in ((-1, True), (0, False)):
-        model = trm_deep.Model(trm_deep.Config(16, 16, 16, 2, 1, halt_position=position))
+        model, batch, other = trm(halt_position=position), trm_batch(), trm_batch()
         torch.nn.init.normal_(model.q_head.weight)
-        batch, other = trm_batch(), trm_batch()
         other["input_embeddings"][:, -1] += 1.0
-        one, two = (step(model, each)[1]["q_halt_logits"] for each in (batch, other))
+        one, two = (step(model, each, enable_deep_supervision=True)[1]["q_halt_logits"] for each in (batch, other))
         assert torch.equal(one, two) is not sees
+        one.sum().backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == {"q_head.weight", "q_head.bias"}
 
 
-def test_the_halting_head_reads_the_answer_without_shaping_it():
-    model, batch = trm(), trm_batch()
+def test_evaluation_may_take_each_rows_answer_at_the_first_step_where_q_is_positive(tmp_path, capsys):
+    model, batch = trm(halt_max_steps=4).eval(), trm_batch(B=12)
     torch.nn.init.normal_(model.q_head.weight)
-    step(model, batch, enable_deep_supervision=True)[1]["q_halt_logits"].sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"q_head.weight", "q_head.bias"}
+    torch.nn.init.zeros_(model.q_head.bias)
+    outputs = trm_deep.answer(model, batch, diagnose=True, halt=True)
+    carry, answers = None, []
+    for _ in range(4):
+        carry, each = step(model, batch, carry)
+        answers.append(each)
+    for b, steps in enumerate(outputs["halted_steps"].tolist()):
+        sure = [bool(each["q_halt_logits"][b] > 0) for each in answers[:steps]]
+        assert not any(sure[:-1]) and (sure[-1] or steps == 4)
+        near(outputs["halted_logits"][b], answers[steps - 1]["logits"][b])
+    assert len(set(outputs["halted_steps"].tolist())) > 2
+    near(trm_deep.answer(model, batch, halt=True)["halted_logits"], outputs["halted_logits"])
+    near(trm_deep.answer(model, batch)["halted_logits"], outputs["logits"])
+    last = run("trm_deep", tmp_path, "--eval_halt")[-1]
+    assert last["halt_mean_steps"] == 3 and last["halt_exact_acc"] == last["exact_acc"]  # q is about -5 still
+    run("trm_deep", tmp_path, "--eval_only --eval_halt", tiny=False)
+    assert "halting, after 3.00 steps" in capsys.readouterr().out
 
 
 # ==== trm_deep.py: data ==============================================================================================
@@ -978,204 +856,216 @@ def test_the_halting_head_reads_the_answer_without_shaping_it():
 
 def test_the_built_in_world_follows_its_rule():
     """One story at a time, bit by bit, from the words of the docstring."""
-
-    def tell(opening):
-        story = [opening]
+    train, val = (each["bits"] for each in trm_deep.make_world())
+    for story in [*train[::5000].tolist(), *val[::500].tolist()]:
         for t in range(12):
-            first = max(0, t - (1 + 2 * story[t][0] + story[t][1]))
-            second = max(0, first - (1 + 2 * story[first][0] + story[first][1]))
-            u = [story[t][i] if i % 2 == 0 else story[second][i] for i in range(16)]
-            story.append([u[i - 1] ^ (u[i] | u[(i + 1) % 16]) for i in range(16)])
-        return story
-
-    train, val = trm_deep.make_world()
-    for bits in (train["bits"][::5000], val["bits"][::500]):
-        for story in bits:
-            assert story.tolist() == tell(story[0].tolist())
-    number = {split: stories["bits"][:, 0] @ (1 << np.arange(16)) for split, stories in (("t", train), ("v", val))}
-    assert sorted(np.concatenate([number["t"], number["v"]])) == list(range(2**16))
-    assert all(int(n) * 2654435761 // 128 % 16 == 0 for n in number["v"]) and len(number["v"]) > 4000
+            j = t
+            for _ in range(2):
+                j = max(0, j - (1 + 2 * story[j][0] + story[j][1]))
+            u = [story[t if i % 2 == 0 else j][i] for i in range(16)]
+            assert story[t + 1] == [u[i - 1] ^ (u[i] | u[(i + 1) % 16]) for i in range(16)]
+    openings = [(bits[:, 0] @ (1 << np.arange(16))).tolist() for bits in (train, val)]
+    assert sorted(openings[0] + openings[1]) == list(range(2**16))
+    assert all(n * 2654435761 // 128 % 16 == 0 for n in openings[1]) and len(val) > 4000
 
 
-def test_a_sentence_is_right_when_its_signs_decode():
-    Q = trm_deep.codebook(0).numpy()
-    assert np.allclose(Q @ Q.T, np.eye(16), atol=1e-6)
-    bits = np.random.default_rng(0).integers(0, 2, (2, 3, 16))
-    labels = torch.from_numpy(((2 * bits - 1) @ Q * (96 / 16) ** 0.5).astype(np.float32))
-    assert labels.square().mean().item() == pytest.approx(1.0, rel=1e-5)  # predicting zero scores 1
-    wrong = labels.clone()
-    wrong[1, 2] -= torch.from_numpy((2 * bits[1, 2, 5] - 1) * Q[5]).float() * 3  # one sign of one sentence turned over
-    positions, rows = trm_deep.is_right(0.1 * wrong, labels, TrmArgs(data_folder=None))
-    assert positions.tolist() == [[True] * 3, [True, True, False]] and rows.tolist() == [True, False]
-    args = TrmArgs(halt_cosine=0.9)
-    assert (
-        trm_deep.is_right(0.1 * labels, labels, args)[1].all() and not trm_deep.is_right(-labels, labels, args)[1].any()
-    )
+def test_a_sentence_is_right_when_its_signs_decode_or_its_cosine_is_high():
+    Q, data = trm_deep.codebook(0), trm_deep.make_data(parsed("trm_deep", ""))
+    near(Q @ Q.T, torch.eye(16))
+    labels = trm_deep.make_batch(data["val"], np.arange(2), {}, data["collate"])["labels"]
+    near(labels.square().mean(), torch.tensor(1.0))  # predicting zero scores 1
+    wrong = 0.1 * labels
+    wrong[1, 2] -= (wrong[1, 2] @ Q[5]) * Q[5] * 1.1  # one sign of one sentence turned over
+    with torch.autocast("cpu", torch.bfloat16):
+        positions, rows = trm_deep.is_right(wrong, labels, parsed("trm_deep", ""))
+    assert (~positions).nonzero().tolist() == [[1, 2]] and rows.tolist() == [True, False]
+    assert trm_deep.is_right(0.1 * labels, labels, trm_args())[1].all()
+    assert not trm_deep.is_right(-labels, labels, trm_args())[1].any()
 
 
 def folder_with(folder, chunks):
+    """The folder, with a file for each: bytes, an array or anything; 0.pt stands for train_embeddings_chunk_0.pt."""
     folder.mkdir(exist_ok=True)
     for name, value in chunks.items():
-        if name.endswith(".npy"):
-            np.save(folder / name, value)
-        else:
-            torch.save(value, folder / name)
+        path = folder / (name if "_" in name else f"train_embeddings_chunk_{name}")
+        with open(path, "wb") as file:
+            if isinstance(value, bytes):
+                file.write(value)
+            elif path.suffix == ".npy":
+                np.save(file, value)
+            else:
+                torch.save(value, file)
     return folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype):
-    parts = {i: torch.randn(3, 5, 4).to(dtype) for i in (0, 2, 10)}
-    chunks = {f"train_embeddings_chunk_{i}.pt": part for i, part in parts.items()}
-    folder = folder_with(
-        tmp_path, {**chunks, "val_embeddings_chunk_0.pt": torch.randn(2, 5, 4).to(dtype), "other.pt": 1}
-    )
-    train, val = trm_deep.open_folder(folder)
-    assert torch.equal(train["sequence"][np.arange(9)], torch.cat([parts[0], parts[2], parts[10]]).float())
-    assert len(val["sequence"]) == 2
-    if Path("/proc/self/maps").exists():
-        assert str(folder / "train_embeddings_chunk_10.pt") in Path("/proc/self/maps").read_text()
-
-
-def test_npy_chunks_and_a_held_out_tenth(tmp_path):
-    whole = np.random.default_rng(0).standard_normal((30, 4, 6)).astype(np.float16)
-    chunks = {"train_embeddings_chunk_0.npy": whole[:21], "train_embeddings_chunk_1.npy": whole[21:]}
+def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype, capsys):
+    x = torch.randn(11, 5, 4).to(dtype)
+    chunks = {"10.pt": x[6:9], "2.pt": x[3:6], "0.pt": x[:3], "val_embeddings_chunk_0.pt": x[9:], "old.pt": 1}
     train, val = trm_deep.open_folder(folder_with(tmp_path, chunks))
-    assert np.array_equal(train["sequence"][np.arange(27)], whole[:27].astype(np.float32))
-    assert np.array_equal(val["sequence"][np.arange(3)], whole[27:].astype(np.float32))
+    assert torch.equal(train["sequence"][np.arange(9)], x[:9].float()) and len(val["sequence"]) == 2
+    assert capsys.readouterr().out.count("some train chunks are missing, 3 are numbered 0 to 10") == 1
+    if Path("/proc/self/maps").exists():
+        assert str(tmp_path / "train_embeddings_chunk_10.pt") in Path("/proc/self/maps").read_text()
+
+
+def test_npy_chunks_of_any_order_more_than_files_may_be_open_and_a_held_out_tenth(tmp_path):
+    x = np.random.default_rng(0).standard_normal((200, 4, 6)).astype(np.float16)
+    chunks = {f"{i}.npy": x[2 * i : 2 * i + 2] for i in range(100)}
+    folder_with(tmp_path, chunks | {"0.npy": x[:2].astype(">f2"), "1.npy": np.asfortranarray(x[2:4])})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    try:
+        train, val = trm_deep.open_folder(tmp_path)
+        whole = [*train["sequence"][np.arange(180)], *val["sequence"][np.arange(20)]]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert np.array_equal(torch.stack(whole), x.astype(np.float32))
+
+
+def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_units(tmp_path):
+    A = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    x = torch.randn(200, 1, 8)
+    x = 3 + torch.cat([x @ torch.linalg.matrix_power(A, t) for t in range(7)], 1)  # each is the last one turned
+    mean, scale = x.mean((0, 1)), (x - x.mean((0, 1))).square().mean().sqrt()
+    flags = "--L_layers 1 --L_cycles 1 --lr 5e-3 --batch_size 32 --halt_max_steps 1 --ema_decay 0 --max_train_steps 60"
+
+    def train(name, value, more=""):
+        folder = folder_with(tmp_path / name, {"0.pt": value, "val_embeddings_chunk_0.pt": value})
+        lines = run("trm_deep", folder / "run", f"{flags} --eval_samples 200 --data_folder {folder} {more}")
+        np.save(tmp_path / "in.npy", value[:5, :4])
+        run("trm_deep", folder / "run", f"--eval_only --predict {tmp_path}/in.npy {folder}/out.npy", tiny=False)
+        curve = torch.tensor([line["loss"] for line in lines] + [lines[-1]["zero_loss"]])
+        return curve, torch.tensor(np.load(folder / "out.npy")), trm_deep.Config(**load(folder / "run")["config"])
+
+    curve, rolled, _ = train("1", x)
+    assert curve[-2] < 0.2 and curve[-1].item() == pytest.approx(1.0, abs=0.05)
+    assert F.mse_loss(rolled[:, 0], x[:5, 4]) < 0.2  # in their own units
+    for factor in (0.05, 0.006):
+        again, mine, config = train(f"{factor}", factor * x)
+        near(again, curve, 1e-2)
+        near(mine / factor, rolled, 2e-2)
+    near(torch.tensor(config.normalization["labels"][0]), 0.006 * mean)
+    again, _, off = train("off", (x - mean) / scale, "--normalize False")  # what is normalised changes no more
+    near(again, curve, 1e-2)
+    assert off.normalization["labels"] == (0.0, 1.0)
+
+    # Other data are read in the units of the run, and must fit it.
+    args = parsed("trm_deep", f"--eval_only --out_dir {tmp_path}/0.006/run --data_folder {tmp_path}/1")
+    data = trm_deep.make_data(args, config)
+    assert data["config"] == config and data["collate"]({"sequence": x}, {})["labels"].std() > 50
+    for message, size in {"causal is False": 8, "output_size is 3": 3}.items():
+        value = {"input_embeddings": x, "labels": torch.randn(200, 7, size)}
+        args.data_folder = str(folder_with(tmp_path / f"size {size}", {"0.pt": value}))
+        with pytest.raises(DataError, match=f"size {size}: {message}, expected"):
+            trm_deep.make_data(args, config)
 
 
 def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
     x = torch.randn(20, 7, 8)
     symbols = torch.randn(4, 8)[torch.randint(4, (20, 7))]
     symbols[0] = 0.0  # an empty puzzle agrees with itself at every shift
-    cases = {
-        "one": (x, True),
-        "two_shifted": ({"input_embeddings": x[:, :-1].clone(), "labels": x[:, 1:].half().float()}, True),
-        "two_types": ({"input_embeddings": x[:, :-1].bfloat16(), "labels": x[:, 1:].clone()}, True),
-        "two_ahead": ({"input_embeddings": x[:, :-2].clone(), "labels": x[:, 2:].half()}, True),
-        "separate": ({"input_embeddings": x, "labels": torch.randn(20, 7, 4)}, False),
-        "puzzles": ({"input_embeddings": symbols, "labels": symbols.flip(0)}, False),
-    }
-    for name, (value, causal) in cases.items():
-        if name == "two_shifted":
-            value["input_embeddings"] = value["input_embeddings"].half().float()
-        folder = folder_with(tmp_path / name, {"train_embeddings_chunk_0.pt": value})
-        lines = run("trm_deep", tmp_path / f"run_{name}", f"--data_folder {folder}")
-        assert load(tmp_path / f"run_{name}")["config"]["causal"] is causal
-        assert lines[-1]["split"] == "final" and ("copy_loss" in lines[-1]) is (name != "separate")
+    cases = [(x[:, :-1].half(), x[:, 1:].half()), (x[:, :-1].bfloat16(), x[:, 1:]), (x[:, :-2], x[:, 2:].half())]
+    cases += [(symbols, symbols.flip(0)), (x, x[:, :, :4].flip(0))]
+    cases = [{"input_embeddings": inputs.float(), "labels": labels.float()} for inputs, labels in cases]
+    assert list(map(trm_deep.predicts_next, [{"sequence": x}, *cases])) == [True] * 4 + [False] * 2
+    folder = folder_with(tmp_path / "data", {"0.pt": dict(reversed(cases[-1].items()))})  # labels first
+    final = run("trm_deep", tmp_path / "run", f"--data_folder {folder}")[-1]
+    config = load(tmp_path / "run")["config"]
+    assert not config["causal"] and config["halt_position"] == 0 and len(config["normalization"]["labels"][0]) == 4
+    assert "zero_loss" in final and "copy_loss" not in final
 
 
-x3 = torch.zeros(3, 5, 4)
+x3 = torch.randn(3, 5, 4)
 BAD_FOLDERS = {
-    "no such folder": None,
-    "no training files": {"val_embeddings_chunk_0.pt": x3},
-    "train_embeddings_chunk_1.pt: samples of shape": {
-        "train_embeddings_chunk_0.pt": x3,
-        "train_embeddings_chunk_1.pt": x3[:, :4],
-    },
-    "val_embeddings_chunk_0.pt: samples of shape": {
-        "train_embeddings_chunk_0.pt": x3,
-        "val_embeddings_chunk_0.pt": x3[..., :2],
-    },
-    "is torch.int64 [3, 5, 4], expected a float": {"train_embeddings_chunk_0.pt": x3.long()},
-    "is torch.float32 [3, 5], expected": {"train_embeddings_chunk_0.pt": x3[..., 0]},
-    "is torch.float32 [0, 5, 4], expected": {"train_embeddings_chunk_0.pt": x3[:0]},
-    "holds keys ['labels'], expected": {"train_embeddings_chunk_0.pt": {"labels": x3}},
-    "holds list, expected": {"train_embeddings_chunk_0.pt": [x3]},
-    "is no plain tensor (Tensor), expected a float": {"train_embeddings_chunk_0.pt": x3.to_sparse()},
-    "expected the same N and T": {"train_embeddings_chunk_0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
-    "sequences of one embedding": {"train_embeddings_chunk_0.pt": x3[:, :1]},
-    "one training sequence in all": {"train_embeddings_chunk_0.pt": x3[:1]},
-    "sample 2 is not finite": {"train_embeddings_chunk_0.pt": torch.cat([x3[:1], x3[:2] / 0])},
-    "cannot be read": {"train_embeddings_chunk_0.pt": Path},  # pickled code: refused by weights_only
+    "no training sequences, expected two": {"val_embeddings_chunk_0.pt": x3},
+    "no training sequences": {"0.pt": x3[:1]},
+    "chunk_1.pt: samples of shape": {"0.pt": x3, "1.pt": x3[:, :4]},
+    "val_embeddings_chunk_0.pt: samples of shape": {"0.pt": x3, "val_embeddings_chunk_0.pt": x3[..., :2]},
+    "chunk_0.pt: the same chunk as train_embeddings_chunk_0.npy": {"0.pt": x3, "0.npy": x3.numpy()},
+    "chunk_00.pt: the same chunk as train_embeddings_chunk_0.pt": {"0.pt": x3, "00.pt": x3},
+    "torch.int64, 3, 5, 4]}, expected": {"0.pt": x3.long()},
+    "torch.int8, 3, 5, 4]}, expected": {"0.npy": x3.numpy().astype(np.int8)},
+    "torch.float32, 3, 5]}, expected": {"0.pt": x3[..., 0]},
+    "torch.float32, 0, 5, 4]}, expected": {"0.pt": x3[:0]},
+    "torch.float32, 3, 1, 4]}, expected": {"0.pt": x3[:, :1]},
+    "holds {'labels'": {"0.pt": {"labels": x3}},
+    "holds {'sequence': [<class 'list'>]}, expected": {"0.pt": [x3]},
+    "with the same N and T": {"0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
+    "chunk_0.pt: sample 2 is not finite": {"0.pt": torch.cat([x3[:2], x3 / 0])},
+    "a sequence ends in zeros": {"0.pt": torch.cat([x3, x3 * torch.tensor([1.0, 1, 1, 0, 0])[:, None]])},
+    "chunk_0.pt: cannot be read": {"0.pt": Path},  # pickled code: refused by weights_only
+    "chunk_1.pt: cannot be read": {"1.pt": b""},
+    "chunk_2.pt: cannot be read": {"2.pt": pickle.dumps(x3)[:99]},
+    "chunk_4.npy: cannot be read": {"4.npy": b"PK and no zip"},
 }
 
 
 @pytest.mark.parametrize("message", BAD_FOLDERS)
 def test_bad_data_is_one_line_that_names_the_file(tmp_path, message):
-    folder = tmp_path / "data"
-    if BAD_FOLDERS[message]:
-        folder_with(folder, BAD_FOLDERS[message])
+    folder = folder_with(tmp_path / "data", BAD_FOLDERS[message])
     with pytest.raises(SystemExit) as stop:
-        run("trm_deep", tmp_path / "run", f"--data_folder {folder}")
+        run("trm_deep", tmp_path / "run", f"--data_folder {folder} --batch_size 2")
     text = stop.value.code
     assert text.startswith(f"error: {folder}") and message in text and "expected" in text and "\n" not in text
-    assert not (tmp_path / "run").exists() or "finite" in message
-
-
-def test_a_file_that_is_no_tensor_and_one_that_was_cut_short(tmp_path):
-    torch.save(torch.randn(50, 5, 4), tmp_path / "whole.pt")
-    whole = (tmp_path / "whole.pt").read_bytes()
-    for content in (b"", b"not a tensor", whole[: len(whole) // 2]):
-        (tmp_path / "train_embeddings_chunk_0.pt").write_bytes(content)
-        with pytest.raises(DataError, match="train_embeddings_chunk_0.pt: cannot be read .*, expected"):
-            trm_deep.open_folder(tmp_path)
 
 
 def test_a_trained_model_can_be_given_more_or_fewer_cycles(tmp_path, capsys):
-    lines = run("trm_deep", tmp_path, "--eval_interval 6 --deep_supervision_schedule 0.5,1")
-    capsys.readouterr()
+    best = run("trm_deep", tmp_path, "--eval_interval 6 --deep_supervision_schedule 0.5,1")[-1]["best_loss"]
     printed = []
     for flags in ("", "--H_cycles 1", "--H_cycles 4", "--halt_max_steps 1", "--L_cycles 2"):
         run("trm_deep", tmp_path, f"--eval_only {flags}", tiny=False)
-        printed.append(re.search(r"after each H cycle: Steps: \[(.*)\]", capsys.readouterr().out)[1].split(", "))
+        printed.append(re.findall(r"after each H cycle: Steps: \[(.*)\]\n", capsys.readouterr().out)[-1].split(", "))
     assert [len(losses) for losses in printed] == [2, 1, 4, 2, 2]
+    assert printed[0][-1] == f"'{best:.4f}'" and len({tuple(each) for each in printed}) == 5
     # With one supervision step from the start, the first cycles are the same, however many come after.
-    whole, one, four, single, _ = printed
-    assert whole[-1] == f"'{lines[-1]['best_loss']:.4f}'" and len({tuple(each) for each in printed}) == 5
     run("trm_deep", tmp_path, "--eval_only --H_cycles 1 --halt_max_steps 1", tiny=False)
-    assert f"Steps: [{single[0]}]" in capsys.readouterr().out
+    assert f"Steps: [{printed[3][0]}]" in capsys.readouterr().out
 
 
 # ==== trm_deep.py: prediction ========================================================================================
 
 
-def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path):
-    run("trm_deep", tmp_path / "run", "--hidden_size 96")
-    prefix = np.random.default_rng(0).standard_normal((2, 4, 96)).astype(np.float32)
-    np.save(tmp_path / "in.npy", prefix)
-    words = f"--eval_only --predict {tmp_path / 'in.npy'} {tmp_path / 'out.npy'} --rollout 3"
-    run("trm_deep", tmp_path / "run", words, tiny=False)
+def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, capsys, monkeypatch):
+    run("trm_deep", tmp_path / "run")
+    sizes, real = [], trm_deep.answer
 
+    def answer(model, batch, **how):
+        sizes.append(len(batch["input_embeddings"]))
+        return real(model, batch, **how)
+
+    def predict(name, content, flags=""):
+        folder_with(tmp_path, {f"{name}_in.npy": content})
+        words = f"--eval_only --batch_size 2 --predict {tmp_path}/{name}_in.npy {tmp_path}/{name}_out.npy {flags}"
+        run("trm_deep", tmp_path / "run", words, tiny=False)
+        return torch.tensor(np.load(tmp_path / f"{name}_out.npy"))
+
+    monkeypatch.setattr(trm_deep, "answer", answer)
+    prefix = np.random.default_rng(0).standard_normal((5, 4, 96)).astype(np.float32)
+    rolled = predict("whole", prefix, "--rollout 3")
+    assert sizes == [2] * 6 + [1] * 3 and "trained on" not in capsys.readouterr().out  # pieces of --batch_size
     checkpoint = load(tmp_path / "run", "best.pt")
     model = trm_deep.Model(trm_deep.Config(**checkpoint["config"])).eval()
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
     sequence = torch.from_numpy(prefix)
-    with torch.no_grad():
-        for _ in range(3):
-            carry, batch = None, {"input_embeddings": sequence}
-            for _ in range(3):  # --halt_max_steps 3
-                carry, outputs = step(model, batch, carry)
-            sequence = torch.cat([sequence, outputs["logits"][:, -1:]], 1)
-    rolled = np.load(tmp_path / "out.npy")
-    assert rolled.shape == (2, 3, 96) and np.allclose(rolled, sequence[:, 4:].numpy(), atol=1e-5)
+    for _ in range(3):
+        carry = None
+        for _ in range(3):  # --halt_max_steps 3
+            carry, outputs = step(model, {"input_embeddings": sequence}, carry)
+        sequence = torch.cat([sequence, outputs["logits"][:, -1:]], 1)
+    near(rolled, sequence[:, 4:])
+    near(predict("one", prefix[0], "--eval_halt"), rolled[0, :1])
+    predict("long", prefix[:1], "--rollout 10")
+    assert "read up to 13 at once, trained on 12" in capsys.readouterr().out
 
-    with pytest.raises(SystemExit, match="out.npy: exists already"):
-        run("trm_deep", tmp_path / "run", words, tiny=False)
-    np.save(tmp_path / "one.npy", prefix[0])
-    run("trm_deep", tmp_path / "run", f"--eval_only --predict {tmp_path / 'one.npy'} {tmp_path / 'o.npy'}", tiny=False)
-    assert np.allclose(np.load(tmp_path / "o.npy"), rolled[0, :1], atol=1e-5)
-    for name, content in {"zip": b"PK and no zip", "text": b"1 2 3"}.items():
-        (tmp_path / f"{name}.npy").write_bytes(content)
-        with pytest.raises(SystemExit, match=f"{name}.npy: cannot be read"):
-            run(
-                "trm_deep",
-                tmp_path / "run",
-                f"--eval_only --predict {tmp_path / name}.npy {tmp_path / 'b.npy'}",
-                tiny=False,
-            )
-    np.save(tmp_path / "complex.npy", prefix * 1j)
-    with pytest.raises(SystemExit, match="complex.npy: holds torch.complex64, expected floats"):
-        run("trm_deep", tmp_path / "run", f"--eval_only --predict {tmp_path}/complex.npy {tmp_path}/b.npy", tiny=False)
-    np.save(tmp_path / "bad.npy", prefix[..., :5])
-    with pytest.raises(SystemExit, match="bad.npy: shape .2, 4, 5., expected"):
-        run(
-            "trm_deep",
-            tmp_path / "run",
-            f"--eval_only --predict {tmp_path / 'bad.npy'} {tmp_path / 'b.npy'}",
-            tiny=False,
-        )
+    floats = "finite floats \\[T, 96\\] or"
+    bad = {"zip": (b"PK and no zip", "cannot be read"), "complex": (prefix * 1j, floats)}
+    bad |= {"narrow": (prefix[..., :5], floats), "nan": (prefix * np.nan, floats)}
+    for name, (content, message) in bad.items():
+        with pytest.raises(SystemExit, match=f"{name}_in.npy: .*{message}"):
+            predict(name, content)
+    with pytest.raises(SystemExit, match="whole_out.npy: exists already"):
+        predict("whole", prefix)
 
 
 # ==== nepa_deep.py: the model ========================================================================================
