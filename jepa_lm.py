@@ -698,6 +698,9 @@ def add_method_args(parser):
 #   evaluate(model, data, args) -> means, with a "loss"
 
 
+SCRIPT = Path(__file__).stem
+
+
 # ---- processes, precision, metrics ----
 
 
@@ -869,7 +872,6 @@ MAY_CHANGE = (
 
 def parse_args():
     """The flags in force and, with --resume or --eval_only, the checkpoint. Refuses what makes no sense (exit 2)."""
-    script = Path(__file__).stem
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [flags]      (--help lists them)",
         description=__doc__,
@@ -902,7 +904,7 @@ def parse_args():
     flag("--eval_samples", 0, "validation samples to use; 0: all")
     flag("--log_interval", 100, "updates between lines of metrics.jsonl", 1)
     flag("--save_interval", 500, "updates between checkpoints; 0: with best.pt only")
-    flag("--out_dir", None, f"folder of the run (default: a new out/{script}-DATE-TIME)")
+    flag("--out_dir", None, f"folder of the run (default: a new out/{SCRIPT}-DATE-TIME)")
     flag("--resume", False, "go on with the run in --out_dir, with its flags; start it where there is none")
     flag("--eval_only", False, "evaluate the best checkpoint of the run in --out_dir")
     flag("--wandb_mode", "disabled", "Weights & Biases", choices=["disabled", "offline", "online"])
@@ -915,10 +917,10 @@ def parse_args():
     args = parser.parse_args()
     if args.out_dir is None and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
-    folder = Path(args.out_dir or f"out/{script}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+    folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
     latest, best, checkpoint = folder / "ckpt.pt", folder / "best.pt", None
     if args.eval_only or args.resume and latest.exists():
-        checkpoint = load_checkpoint(best if args.eval_only and best.exists() else latest, script)
+        checkpoint = load_checkpoint(best if args.eval_only and best.exists() else latest)
         parser.set_defaults(**checkpoint["args"])
     elif not args.resume and (folder / "metrics.jsonl").exists():
         parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
@@ -985,15 +987,15 @@ def read_file(path, expected):
         raise DataError(f"{path}: cannot be read ({first_line(error)}), expected {expected}") from None
 
 
-def load_checkpoint(path, script):
+def load_checkpoint(path):
     """The checkpoint at path: see Run.save; its config is a Config. Raises DataError if it is none of this script's."""
     checkpoint = read_file(path, "the checkpoint of a run")
     try:
-        if checkpoint["script"] != script:
-            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {script}.py")
+        if checkpoint["script"] != SCRIPT:
+            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {SCRIPT}.py")
         return checkpoint | {"config": Config(**checkpoint["config"])}
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {script}.py") from None
+        raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {SCRIPT}.py") from None
 
 
 def load_state(model, weights):
@@ -1097,11 +1099,9 @@ class Run:
         for name in self.values:
             setattr(self, name, checkpoint[name])
         self.sums = self.sums if rank() == 0 else {}
-        accum = self.args.grad_accum
-        rows = {name: value.to(self.args.device) for name, value in checkpoint["carry"].items()}
-        saved = {name: value.split(self.args.batch_size) for name, value in rows.items()}
-        for micro in range(accum if saved else 0):
-            self.carries[micro] = {name: parts[rank() * accum + micro] for name, parts in saved.items()}
+        for micro in range(self.args.grad_accum if checkpoint["carry"] else 0):
+            rows = (rank() * self.args.grad_accum + micro) * self.args.batch_size + torch.arange(self.args.batch_size)
+            self.carries[micro] = {name: x[rows].to(self.args.device) for name, x in checkpoint["carry"].items()}
         torch.set_rng_state(checkpoint["rng"])
 
     @torch.no_grad()
@@ -1116,7 +1116,7 @@ class Run:
         if rank() > 0:
             return
         contents = {
-            "script": Path(__file__).stem,
+            "script": SCRIPT,
             "config": dataclasses.asdict(self.model.config),
             "args": self.args.flags,
             **{key: part and part.state_dict() for key in self.parts for part in [getattr(self, key)]},
@@ -1239,8 +1239,8 @@ def train(run):
         if stop:
             run.bar.close()
             launcher = "python" if world_size() == 1 else f"torchrun --nproc_per_node {world_size()}"
-            command = f"{launcher} {Path(__file__).name} --resume --out_dir {shlex.quote(args.out_dir)}"
-            say(f"stopped after step {run.step}; go on with: {command}")
+            where = shlex.quote(args.out_dir)
+            say(f"stopped after step {run.step}; go on with: {launcher} {SCRIPT}.py --resume --out_dir {where}")
             return 128 + stop
 
         # Fetch and accumulate.
@@ -1309,7 +1309,7 @@ def launch():
     model = Model(data["config"]).to(args.device).eval()
     load_state(model, checkpoint["ema"] or checkpoint["model"])
     if "predict" in data:
-        say(data["predict"](model))
+        say(rank() == 0 and data["predict"](model))
     else:
         metrics = evaluate(model, data, args)
         if rank() == 0:

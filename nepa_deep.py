@@ -1388,7 +1388,7 @@ def launch():
     model = Model(data["config"]).to(args.device).eval()
     load_state(model, checkpoint["ema"] or checkpoint["model"])
     if "predict" in data:
-        say(data["predict"](model))
+        say(rank() == 0 and data["predict"](model))
     else:
         metrics = evaluate(model, data, args)
         if rank() == 0:
