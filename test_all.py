@@ -11,7 +11,6 @@ import copy
 import datetime
 import functools
 import hashlib
-import http.server
 import inspect
 import io
 import itertools
@@ -1927,7 +1926,7 @@ def test_chats_that_are_too_long_too_few_or_stand_in_both_files(tmp_path, capsys
     def said(flags, train=RAGGED, val=OTHERS):
         words = f"{files_of(tmp_path, train, val)} --max_train_steps 1 --batch_size 2 {flags}"
         try:
-            run("jepa_lm", tmp_path / f"run{flags}{len(val)}", words)
+            run("jepa_lm", tmp_path / f"run{len(flags)}-{len(val)}", words)
         except SystemExit as stop:
             return stop.code
         return capsys.readouterr().out
@@ -2180,7 +2179,7 @@ def test_unmask_user_supervises_everything_in_training_and_nothing_more_in_valid
     """The document's puzzle on purpose: training losses over other tokens do not compare, validation losses do."""
     for i, source in enumerate(("", f"--train_file {write_chats(tmp_path / 'chats', RAGGED[:3] * 2 + OTHERS)}")):
         flags = f"{source} --max_train_steps 1 --batch_size 6 --regular"
-        masked, whole = (run("jepa_lm", tmp_path / f"{i}{more}", flags + more) for more in ("", " --unmask_user"))
+        masked, whole = (run("jepa_lm", tmp_path / f"{i}{len(more)}", flags + more) for more in ("", " --unmask_user"))
         assert masked[0] == whole[0] and masked[1]["valid_tokens"] < whole[1]["valid_tokens"]
     assert whole[1]["valid_tokens"] == sum(len(tokens_of(messages)) - 1 for messages in RAGGED[:3]) / 3
 
