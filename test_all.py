@@ -2422,26 +2422,25 @@ def test_a_run_in_a_thread_needs_no_handlers(tmp_path):
     assert lines_of(tmp_path)[-1]["split"] == "final"
 
 
-def signal_to(who, name, rank):
+def signal_to(script, who, name, rank):
     """Process `who` receives SIGTERM during its fourth update, or its second pass over validation data."""
+    real, count = SCRIPTS[script].eval_batches, itertools.count(1)
 
     def kill():
         if rank == who:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    for script, module in SCRIPTS.items():
-        if name == "compute_loss":
-            do_at(pytest.MonkeyPatch(), script, 4, kill)
-            continue
+    def batches(*inputs):
+        this = next(count)
+        for batch in real(*inputs):
+            yield batch
+            if this == 2:
+                kill()
 
-        def batches(*inputs, real=module.eval_batches, count=itertools.count(1)):
-            this = next(count)
-            for batch in real(*inputs):
-                yield batch
-                if this == 2:
-                    kill()
-
-        module.eval_batches = batches
+    if name == "compute_loss":
+        do_at(pytest.MonkeyPatch(), script, 4, kill)
+    else:
+        SCRIPTS[script].eval_batches = batches
 
 
 @each_script
@@ -2449,7 +2448,7 @@ def signal_to(who, name, rank):
 def test_a_signal_to_one_process_ends_all_in_good_order_also_within_an_evaluation(script, name, count, tmp_path):
     """NEPA's first evaluation has two passes over data, for the others the second pass is the second evaluation."""
     flags = "--eval_samples 19 --batch_size"
-    stop = functools.partial(signal_to, count - 1, name)
+    stop = functools.partial(signal_to, script, count - 1, name)
     processes = Processes(script, tmp_path / "parts", f"{flags} {8 // count}", count, prepare=stop)
     assert processes.wait() == [143] * count, processes.text()
     step, lines = load(tmp_path / "parts")["step"], lines_of(tmp_path / "parts")
