@@ -54,7 +54,6 @@ from data import (
     Subset,
     bucketed_window,
     fixed_batches,
-    hash64,
     make_batch,
     permutation,
     sample_index,
