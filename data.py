@@ -136,10 +136,8 @@ def make_batch(dataset, index, extra, collate, pin=False):
 
 def background(device):
     """One thread; on CUDA it pins memory for this process's device and not for the first one."""
-    cuda = torch.device(device).type == "cuda"
-    return ThreadPoolExecutor(
-        1, initializer=torch.cuda.set_device if cuda else None, initargs=(device,) if cuda else ()
-    )
+    pinning = torch.device(device).type == "cuda"
+    return ThreadPoolExecutor(1, initializer=functools.partial(torch.cuda.set_device, device) if pinning else None)
 
 
 def to_device(batch, device):
