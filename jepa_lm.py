@@ -24,7 +24,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -35,7 +34,6 @@ import signal
 import statistics
 import sys
 import textwrap
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -50,7 +48,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
-    from data import DataError, Loader, fixed_batches, hash64, make_batch, size_of
+    from data import DataError, Loader, fingerprint, fixed_batches, hash64, size_of
 except ImportError as error:
     sys.exit(f"error: {error}; expected data.py beside this script and no other `data` before it on the path")
 
@@ -797,11 +795,11 @@ def receive(number, _):
 
 @contextlib.contextmanager
 def catch_signals():
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two as clusters send them; Windows has neither
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        numbers = []
-    before = {number: signal.signal(number, receive) for number in numbers}
+    before = {}
+    with contextlib.suppress(ValueError, AttributeError):  # a thread may set no handlers, Windows has but two of these
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name)
+            before[number] = signal.signal(number, receive)
     try:
         yield
     finally:
@@ -838,24 +836,23 @@ def boolean(text):
 def flag_group(parser, title):
     """A function flag(names, default, help) that adds flags under this title; a flag has the type of its default.
 
-    kind: the type where the default is None. Numbers must lie in low .. high.
+    A default of None: text. Numbers must lie in low .. high.
     """
     group = parser.add_argument_group(title)
 
-    def flag(names, default, help, low=0, high=1e38, kind=None, **more):
-        kind = kind or type(default)
+    def flag(names, default, help, low=0, high=1e38, **more):
+        kind = type(default)
 
-        def parse(text):
+        def number(text):
             value = kind(text)
             if not low <= value <= high:
                 raise argparse.ArgumentTypeError(f"{text!r}, expected {low} to {high}")
             return value
 
-        parse.__name__ = kind.__name__  # argparse says: invalid int value: 'x'
         if kind is bool:
             more = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         elif kind in (int, float):
-            more = {"type": parse, "metavar": "X"}
+            more = {"type": number, "metavar": "X"}
         if default is not None and default is not False:
             help += " (default: %(default)s)"
         group.add_argument(*names.split(), default=default, help=help, **more)
@@ -991,8 +988,6 @@ def load_checkpoint(path):
     """The checkpoint at path: see Run.save; its config is a Config. Raises DataError if it is none of this script's."""
     checkpoint = read_file(path, "the checkpoint of a run")
     try:
-        if checkpoint["script"] != SCRIPT:
-            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {SCRIPT}.py")
         return checkpoint | {"config": Config(**checkpoint["config"])}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {SCRIPT}.py") from None
@@ -1019,14 +1014,6 @@ def load_weights(model, path):
         load_state(model, to_our_names(bare))
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: {first_line(error)}") from None
-
-
-def fingerprint(dataset, collate):
-    """Number of samples and a hash of the first, the middle and the last: enough to notice that they are others."""
-    size = size_of(dataset)
-    batch = make_batch(dataset, np.array([0, size // 2, size - 1]), {}, collate if isinstance(dataset, list) else None)
-    content = b"".join(value.numpy().tobytes() for value in batch.values())
-    return f"{size} samples, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 # ---- optimizer ----

@@ -40,7 +40,6 @@ import sys
 import tarfile
 import tempfile
 import textwrap
-import threading
 import time
 import traceback
 import urllib.request
@@ -56,7 +55,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
-    from data import DataError, Loader, Subset, fixed_batches, hash64, make_batch, permutation, size_of
+    from data import DataError, Loader, Subset, fingerprint, fixed_batches, hash64, permutation, size_of
 except ImportError as error:
     sys.exit(f"error: {error}; expected data.py beside this script and no other `data` before it on the path")
 
@@ -587,7 +586,7 @@ def compute_loss(model, batch, carry, args):
 def features(output, args):
     """What the probes see, [B, D] float32 on the CPU: the mean over patches of the output, or of --probe_layer."""
     layer = args.probe_layer
-    states = output.prediction if layer is None else [output.embedding, *output.hidden_states][layer]
+    states = output.prediction if layer < 0 else [output.embedding, *output.hidden_states][layer]
     return states[:, 1:].float().mean(1).cpu()
 
 
@@ -744,7 +743,7 @@ def add_method_args(parser):
     flag("--use_intermediate_loss", False, "the loss at every layer, not only at the last")
     flag("--intermediate_loss_weight", 1.0, "weight of the mean over layers 1 .. L-1")
     flag = flag_group(parser, "probes")
-    flag("--probe_layer", None, "features of this layer, 0: the embedding (default: the normed output)", kind=int)
+    flag("--probe_layer", -1, "features of this layer; 0: the embedding, -1: the normed output", -1)
     flag("--probe_samples", 4000, "labelled training images that the probes may use", 10)
     parser.set_defaults(
         batch_size=64, max_train_steps=1500, lr=2e-3, weight_decay=0.05, min_lr_ratio=0.0, ema_decay=0.99
@@ -757,7 +756,7 @@ def add_method_args(parser):
             parser.error("--download needs the --data_dir to download to")
         if args.intermediate_loss_weight != 1 and not args.use_intermediate_loss:
             parser.error("--intermediate_loss_weight needs --use_intermediate_loss")
-        if (args.probe_layer or 0) > args.num_layers:
+        if args.probe_layer > args.num_layers:
             parser.error(f"--probe_layer {args.probe_layer} must be at most --num_layers {args.num_layers}")
 
     return ["data_dir"], demo, ["probe_layer", "probe_samples"], check
@@ -876,11 +875,11 @@ def receive(number, _):
 
 @contextlib.contextmanager
 def catch_signals():
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two as clusters send them; Windows has neither
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        numbers = []
-    before = {number: signal.signal(number, receive) for number in numbers}
+    before = {}
+    with contextlib.suppress(ValueError, AttributeError):  # a thread may set no handlers, Windows has but two of these
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name)
+            before[number] = signal.signal(number, receive)
     try:
         yield
     finally:
@@ -917,24 +916,23 @@ def boolean(text):
 def flag_group(parser, title):
     """A function flag(names, default, help) that adds flags under this title; a flag has the type of its default.
 
-    kind: the type where the default is None. Numbers must lie in low .. high.
+    A default of None: text. Numbers must lie in low .. high.
     """
     group = parser.add_argument_group(title)
 
-    def flag(names, default, help, low=0, high=1e38, kind=None, **more):
-        kind = kind or type(default)
+    def flag(names, default, help, low=0, high=1e38, **more):
+        kind = type(default)
 
-        def parse(text):
+        def number(text):
             value = kind(text)
             if not low <= value <= high:
                 raise argparse.ArgumentTypeError(f"{text!r}, expected {low} to {high}")
             return value
 
-        parse.__name__ = kind.__name__  # argparse says: invalid int value: 'x'
         if kind is bool:
             more = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         elif kind in (int, float):
-            more = {"type": parse, "metavar": "X"}
+            more = {"type": number, "metavar": "X"}
         if default is not None and default is not False:
             help += " (default: %(default)s)"
         group.add_argument(*names.split(), default=default, help=help, **more)
@@ -1070,8 +1068,6 @@ def load_checkpoint(path):
     """The checkpoint at path: see Run.save; its config is a Config. Raises DataError if it is none of this script's."""
     checkpoint = read_file(path, "the checkpoint of a run")
     try:
-        if checkpoint["script"] != SCRIPT:
-            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {SCRIPT}.py")
         return checkpoint | {"config": Config(**checkpoint["config"])}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {SCRIPT}.py") from None
@@ -1098,14 +1094,6 @@ def load_weights(model, path):
         load_state(model, to_our_names(bare))
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: {first_line(error)}") from None
-
-
-def fingerprint(dataset, collate):
-    """Number of samples and a hash of the first, the middle and the last: enough to notice that they are others."""
-    size = size_of(dataset)
-    batch = make_batch(dataset, np.array([0, size // 2, size - 1]), {}, collate if isinstance(dataset, list) else None)
-    content = b"".join(value.numpy().tobytes() for value in batch.values())
-    return f"{size} samples, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 # ---- optimizer ----

@@ -22,7 +22,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,6 @@ import shlex
 import signal
 import sys
 import textwrap
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -45,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
-    from data import Concat, DataError, Loader, Subset, fixed_batches, hash64, make_batch, size_of
+    from data import Concat, DataError, Loader, Subset, fingerprint, fixed_batches, hash64, size_of
 except ImportError as error:
     sys.exit(f"error: {error}; expected data.py beside this script and no other `data` before it on the path")
 
@@ -700,7 +698,7 @@ def add_method_args(parser):
     flag("--H_cycles", 3, "cycles of a supervision step; each ends in an answer", 1)
     flag("--L_cycles", 3, "refinements of the latent in a cycle", 1)
     flag("--L_layers", 4, "blocks of the network", 1)
-    flag("--hidden_size", None, "width of the network (default: the size of the embeddings)", 2, kind=int)
+    flag("--hidden_size", 0, "width of the network; 0: the size of the embeddings")
     flag("--num_heads", 16, "attention heads; twice their number divides hidden_size", 1)
     flag("--expansion", 4.0, "expansion of the SwiGLU", 0.01)
     flag = flag_group(parser, "halting")
@@ -859,11 +857,11 @@ def receive(number, _):
 
 @contextlib.contextmanager
 def catch_signals():
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two as clusters send them; Windows has neither
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        numbers = []
-    before = {number: signal.signal(number, receive) for number in numbers}
+    before = {}
+    with contextlib.suppress(ValueError, AttributeError):  # a thread may set no handlers, Windows has but two of these
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name)
+            before[number] = signal.signal(number, receive)
     try:
         yield
     finally:
@@ -900,24 +898,23 @@ def boolean(text):
 def flag_group(parser, title):
     """A function flag(names, default, help) that adds flags under this title; a flag has the type of its default.
 
-    kind: the type where the default is None. Numbers must lie in low .. high.
+    A default of None: text. Numbers must lie in low .. high.
     """
     group = parser.add_argument_group(title)
 
-    def flag(names, default, help, low=0, high=1e38, kind=None, **more):
-        kind = kind or type(default)
+    def flag(names, default, help, low=0, high=1e38, **more):
+        kind = type(default)
 
-        def parse(text):
+        def number(text):
             value = kind(text)
             if not low <= value <= high:
                 raise argparse.ArgumentTypeError(f"{text!r}, expected {low} to {high}")
             return value
 
-        parse.__name__ = kind.__name__  # argparse says: invalid int value: 'x'
         if kind is bool:
             more = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         elif kind in (int, float):
-            more = {"type": parse, "metavar": "X"}
+            more = {"type": number, "metavar": "X"}
         if default is not None and default is not False:
             help += " (default: %(default)s)"
         group.add_argument(*names.split(), default=default, help=help, **more)
@@ -1053,8 +1050,6 @@ def load_checkpoint(path):
     """The checkpoint at path: see Run.save; its config is a Config. Raises DataError if it is none of this script's."""
     checkpoint = read_file(path, "the checkpoint of a run")
     try:
-        if checkpoint["script"] != SCRIPT:
-            raise DataError(f"{path}: written by {checkpoint['script']}.py, expected a checkpoint of {SCRIPT}.py")
         return checkpoint | {"config": Config(**checkpoint["config"])}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {SCRIPT}.py") from None
@@ -1081,14 +1076,6 @@ def load_weights(model, path):
         load_state(model, to_our_names(bare))
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: {first_line(error)}") from None
-
-
-def fingerprint(dataset, collate):
-    """Number of samples and a hash of the first, the middle and the last: enough to notice that they are others."""
-    size = size_of(dataset)
-    batch = make_batch(dataset, np.array([0, size // 2, size - 1]), {}, collate if isinstance(dataset, list) else None)
-    content = b"".join(value.numpy().tobytes() for value in batch.values())
-    return f"{size} samples, {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 # ---- optimizer ----
