@@ -55,7 +55,6 @@ from data import (
     Subset,
     bucketed_window,
     fixed_batches,
-    hash64,
     make_batch,
     permutation,
     sample_index,
