@@ -2648,7 +2648,7 @@ def test_a_compiled_run_is_one_graph_and_equals_the_eager_one_also_in_two_proces
 
 
 BAD_FLAGS = {
-    "--lr fast": "invalid float value: 'fast'",
+    "--lr fast": "invalid number value: 'fast'",
     "--lr inf": "'inf', expected 0 to 1e+38",
     "--batch_size 0": "'0', expected 1 to 1e+38",
     "--beta1 1.5": "'1.5', expected 0 to 0.999999",
