@@ -1151,6 +1151,7 @@ class Run:
                 resume="allow",
                 config=args.flags,
             )
+            self.wandb.define_metric("*", step_metric="step")  # its own counter would drop what a resumed run logs anew
             self.wandb_id = self.wandb.id
 
     def log(self, split, metrics):
@@ -1165,7 +1166,7 @@ class Run:
             raise DataError(f"{self.log_path}: cannot be written ({error.strerror}), expected room") from None
         if self.wandb:
             prefix = "" if split == "train" else split + "/"
-            self.wandb.log({prefix + name: value for name, value in metrics.items()}, step=self.step)
+            self.wandb.log({prefix + name: value for name, value in metrics.items()} | {"step": self.step})
         text = f"Step {self.step}/{self.args.max_train_steps}, {split.capitalize()} {self.data['describe'](metrics)}"
         if split == "train" and not self.bar.disable:
             self.bar.set_description_str(text)
@@ -1174,7 +1175,6 @@ class Run:
 
     def validate(self):
         """Evaluate and log. Returns whether the loss is the lowest so far; then best.pt is saved."""
-        require_finite(self.step, "train", means(self.sums))
         metrics = evaluate((self.ema or self.model).eval(), self.data, self.args)
         self.model.train()
         self.log("val", metrics)
