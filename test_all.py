@@ -333,48 +333,66 @@ def near(mine, right, tolerance=1e-4):
     torch.testing.assert_close(mine.detach().double(), right.detach().double(), atol=tolerance, rtol=tolerance)
 
 
-def ref_norm(rows, eps):
+def ref_norm(rows, eps=1e-5):
     """Each row [D] over its root mean square."""
     return torch.stack([row / (row.pow(2).mean() + eps).sqrt() for row in rows])
 
 
+def ref_angle(t, j, d):
+    return t * 10000 ** (-2 * j / d)
+
+
 def ref_rotate(rows, angle):
-    """Half-split rotation of rows [T, d], one pair of numbers at a time: pair j of row t by angle(t, j)."""
+    """Half-split rotation of rows [T, d], one pair of numbers at a time: pair j of row t by angle(t, j, d)."""
     out, half = rows.clone(), rows.shape[1] // 2
     for t, j in itertools.product(range(len(rows)), range(half)):
-        turned = complex(rows[t, j], rows[t, j + half]) * cmath.exp(1j * angle(t, j))
+        turned = complex(rows[t, j], rows[t, j + half]) * cmath.exp(1j * angle(t, j, 2 * half))
         out[t, j], out[t, j + half] = turned.real, turned.imag
     return out
 
 
-def ref_attention(q, k, v, visible):
-    """Of one head, one query at a time: q, k [T, d], v [T, e]; visible(t): the keys that query t may see."""
-    sees = [list(visible(t)) for t in range(len(q))]
-    return torch.stack([torch.softmax(k[s] @ q[t] / q.shape[1] ** 0.5, 0) @ v[s] for t, s in enumerate(sees)])
+def reference(model, angle=ref_angle, causal=True, head_norm=lambda rows, name: rows):
+    """What all models are made of, in words, for one sample in float64: weights by name, functions of rows [T, D]."""
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    d = model.config.hidden_size // model.config.num_heads
+
+    def linear(rows, name):
+        return rows @ weights[f"{name}.weight"].flatten(1).T + weights.get(f"{name}.bias", 0)
+
+    def attention(rows, at):
+        """Head by head and query by query."""
+        heads = []
+        for q, k, v in zip(*(part.split(d, 1) for part in linear(rows, at + "qkv").chunk(3, 1)), strict=True):
+            q, k = ref_rotate(head_norm(q, at + "q_norm"), angle), ref_rotate(head_norm(k, at + "k_norm"), angle)
+            sees = [slice(t + 1 if causal else None) for t in range(len(rows))]
+            heads.append(torch.stack([torch.softmax(k[s] @ q[t] / d**0.5, 0) @ v[s] for t, s in enumerate(sees)]))
+        return linear(torch.cat(heads, 1), at + "o")
+
+    def swiglu(rows, at, up="gate_up"):
+        gate, up = linear(rows, at + up).chunk(2, 1)
+        return linear(gate * torch.sigmoid(gate) * up, at + "down")
+
+    return weights, linear, attention, swiglu
 
 
 def reference_trm(model, x, z_H, z_L):
-    """The published model in words, one sample, float64: z_H, z_L and the answers after each cycle."""
-    c, weights = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-    d = c.hidden_size // c.num_heads
+    """The published model in words: z_H, z_L and the answers after each cycle."""
+    c = model.config
+    angle = ref_angle if c.pos_encodings == "rope" else lambda *place: 0
+    _, linear, attention, swiglu = reference(model, angle, c.causal)
 
-    def block(h, i):
-        qkv, o, gate_up, down = (weights[f"layers.{i}.{name}.weight"].T for name in ("qkv", "o", "gate_up", "down"))
-        heads = []
-        for q, k, v in zip(*(part.split(d, 1) for part in (h @ qkv).chunk(3, 1)), strict=True):
-            if c.pos_encodings == "rope":
-                q, k = (ref_rotate(rows, lambda t, j: t * 10000 ** (-2 * j / d)) for rows in (q, k))
-            heads.append(ref_attention(q, k, v, lambda t: range(t + 1 if c.causal else len(x))))
-        h = ref_norm(h + torch.cat(heads, 1) @ o, 1e-5)
-        gate, up = (h @ gate_up).chunk(2, 1)
-        return ref_norm(h + (gate * torch.sigmoid(gate) * up) @ down, 1e-5)
+    def net(h):
+        for at in (f"layers.{i}." for i in range(c.L_layers)):
+            h = ref_norm(h + attention(h, at))
+            h = ref_norm(h + swiglu(h, at))
+        return h
 
     answers = []
     for _ in range(c.H_cycles):
         for _ in range(c.L_cycles):
-            z_L = functools.reduce(block, range(c.L_layers), z_L + z_H + x)
-        z_H = functools.reduce(block, range(c.L_layers), z_H + z_L)
-        answers.append(z_H @ weights["lm_head.weight"].T)
+            z_L = net(z_L + z_H + x)
+        z_H = net(z_H + z_L)
+        answers.append(linear(z_H, "lm_head"))
     return z_H, z_L, answers
 
 
@@ -1032,40 +1050,29 @@ def pictures(B=2, height=12, width=12, seed=1):
     return torch.randn(B, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def reference_vit(model, image, scale=1.0):
-    """The specification for one image, float64, turning by complex numbers: embedding, states, prediction."""
-    c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-    P, d = c.patch_size, c.hidden_size // c.num_heads
-    rows, columns = image.shape[1] // P, image.shape[2] // P
-    f = [2j * math.pi * scale * c.rope_theta ** (-4 * j / d) for j in range(d // 4)]
-    turns = [[1] * (d // 2)]  # of CLS
-    for row, column in itertools.product(range(rows), range(columns)):
-        places = 2 * (row + 0.5) / rows - 1, 2 * (column + 0.5) / columns - 1
-        turns.append([cmath.exp(place * each) for place in places for each in f])
-    turns = torch.tensor(turns, dtype=torch.complex128)[:, None]
+def reference_vit(model, image, scale):
+    """The specification in words, for one image: embedding, states, prediction."""
+    c = model.config
+    rows, columns = (side // c.patch_size for side in image.shape[1:])
+
+    def angle(t, j, d):
+        row, column = divmod(t - 1, columns)
+        place = (2 * (row + 0.5) / rows - 1, 2 * (column + 0.5) / columns - 1)[j // (d // 4)]
+        return (t > 0) * 2 * math.pi * scale * place * c.rope_theta ** (-4 * (j % (d // 4)) / d)  # 0: CLS
 
     def norm(v, name):
-        return F.layer_norm(v, v.shape[-1:], w.get(f"{name}.weight"), w.get(f"{name}.bias"), c.norm_eps)
+        unit = ref_norm(v - v.mean(1, keepdim=True), c.norm_eps)
+        return unit * weights.get(f"{name}.weight", 1) + weights.get(f"{name}.bias", 0)
 
-    def linear(v, name):
-        return v @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    def turned(v, name):  # [T, heads, d]
-        pairs = torch.complex(*(norm(v, name) if c.qk_norm else v).chunk(2, -1)) * turns
-        return torch.cat([pairs.real, pairs.imag], -1)
-
-    patches = F.unfold(image[None].double(), P, stride=P)[0].T @ w["patch.weight"].flatten(1).T + w["patch.bias"]
-    states = [torch.cat([w["cls_token"][0], patches])]
+    head_norm = norm if c.qk_norm else lambda v, name: v
+    weights, linear, attention, swiglu = reference(model, angle, head_norm=head_norm)
+    patches = F.unfold(image[None].double(), c.patch_size, stride=c.patch_size)[0].T
+    states = [torch.cat([weights["cls_token"][0], linear(patches, "patch")])]
     for at in (f"layers.{i}." for i in range(c.num_layers)):
-        h = states[-1]
-        q, k, v = linear(norm(h, at + "norm1"), at + "qkv").view(len(h), 3, c.num_heads, d).unbind(1)
-        scores = torch.einsum("qhd,khd->hqk", turned(q, at + "q_norm"), turned(k, at + "k_norm")) / d**0.5
-        scores[:, torch.ones(len(h), len(h)).triu(1) > 0] = -math.inf
-        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
-        h = h + w[at + "scale1"] * linear(mixed, at + "o")
-        up = linear(norm(h, at + "norm2"), at + "up")
-        inner = F.silu(up.chunk(2, -1)[0]) * up.chunk(2, -1)[1] if c.gated_mlp else F.gelu(up)
-        states.append(h + w[at + "scale2"] * linear(inner, at + "down"))
+        h = states[-1] + weights[at + "scale1"] * attention(norm(states[-1], at + "norm1"), at)
+        inner = norm(h, at + "norm2")
+        more = swiglu(inner, at, "up") if c.gated_mlp else linear(F.gelu(linear(inner, at + "up")), at + "down")
+        states.append(h + weights[at + "scale2"] * more)
     return [*states, norm(states[-1], "norm")]
 
 
@@ -1073,10 +1080,9 @@ def reference_vit(model, image, scale=1.0):
 def test_vit_equals_the_slow_reference(changes):
     model, images = vit(**changes), pictures(width=20)
     for b, scale in enumerate((1.0, 1.7)):
-        output = model(images, scale)
-        mine = [output.embedding, *output.hidden_states, output.prediction]
-        for state, right in zip(mine, reference_vit(model, images[b], scale), strict=True):
-            torch.testing.assert_close(state[b].detach().double(), right, atol=5e-6, rtol=1e-5)
+        embedding, states, prediction = model(images, scale)
+        mine = torch.stack([embedding, *states, prediction])
+        near(mine[:, b], torch.stack(reference_vit(model, images[b], scale)), 1e-5)
 
 
 def test_vit_initialisation():
@@ -1817,31 +1823,13 @@ def test_the_language_model_does_not_depend_on_the_number_of_predictors():
 
 
 def test_model_equals_a_slow_reference():
-    """The text of Block and Model, one head at a time, in float64."""
     model, tokens = jepa_model(), [258, 65, 66, 10, 261]
-    w = {name: p.detach().double() for name, p in model.named_parameters()}
-    d, T = 16, len(tokens)
-    angles = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d))
-
-    def norm(x):
-        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-
-    def turned(x):
-        z = torch.complex(*norm(x).split(d // 2, 1)) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([z.real, z.imag], 1)
-
-    h = torch.cat([w["embed.weight"], w["predictors"]])[tokens]
-    for layer in range(2):
-        qkv, o, gate_up, down = (w[f"layers.{layer}.{name}.weight"].T for name in ("qkv", "o", "gate_up", "down"))
-        q, k, v = (part.split(d, 1) for part in (norm(h) @ qkv).split(2 * d, 1))
-        mixed = []
-        for head in (0, 1):
-            weights = (turned(q[head]) @ turned(k[head]).T / d**0.5).exp().tril()
-            mixed.append(weights / weights.sum(1, keepdim=True) @ v[head])
-        h = h + torch.cat(mixed, 1) @ o
-        gate, up = (norm(h) @ gate_up).chunk(2, 1)
-        h = h + gate * torch.sigmoid(gate) * up @ down
-    torch.testing.assert_close(model(torch.tensor([tokens]))[0].double(), norm(h), atol=1e-5, rtol=1e-5)
+    weights, _, attention, swiglu = reference(model, head_norm=lambda rows, name: ref_norm(rows))
+    h = torch.cat([weights["embed.weight"], weights["predictors"]])[tokens]
+    for at in ("layers.0.", "layers.1."):
+        h = h + attention(ref_norm(h), at)
+        h = h + swiglu(ref_norm(h), at)
+    near(model(torch.tensor([tokens]))[0], ref_norm(h), 1e-5)
 
 
 # ==== jepa_lm.py: chats ==============================================================================================
