@@ -310,6 +310,97 @@ def test_batches_are_contiguous_and_only_pinned_memory_is_copied_without_waiting
         tensor.to.assert_called_once_with(device, non_blocking=not waits)
 
 
+# ==== what holds for every script ====================================================================================
+
+
+def small(script):
+    """A model, inputs [2, 9, ...], and what makes tensors [2, 9 or with CLS 10, D] of both."""
+    make, x, outputs = {
+        "nepa_deep": (
+            vit,
+            torch.randn(2, 9, 48),
+            lambda model, x: [*(y := model(F.fold(x.mT, 12, 4, stride=4))).hidden_states, y.prediction],
+        ),
+        "trm_deep": (  # several supervision steps: the carry must not leak either
+            trm,
+            torch.randn(2, 9, 16),
+            lambda model, x: trm_deep.answer(model, {"input_embeddings": x}, diagnose=True)["intermediate_logits"],
+        ),
+        "jepa_lm": (jepa_model, torch.randint(250, (2, 9)), lambda model, x: [model(x)]),
+    }[script]
+    return make(), x, outputs
+
+
+@each_script
+def test_an_input_changes_no_output_before_it_and_all_from_it_on(script):
+    model, x, outputs = small(script)
+    for t in range(-9, 0):
+        changed = x.index_fill(1, torch.tensor(9 + t), 1)
+        for a, b in zip(outputs(model, x), outputs(model, changed), strict=True):
+            assert torch.equal(a[:, :t], b[:, :t]) and (a[:, t:] != b[:, t:]).any(-1).all()
+
+
+@each_script
+@pytest.mark.parametrize("amp", [True, False])
+def test_checkpointing_gives_the_same_gradient_and_keeps_less(script, amp):
+    model, x, outputs = small(script)
+    gradients, kept = [], []
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return sum(y.float().sin().sum() for y in outputs(model, x))
+
+    for model.grad_checkpoint in (False, True):
+        gradients.append(torch.autograd.grad(loss(), list(model.parameters()), allow_unused=True))
+        kept.append(saved_bytes(loss, model))
+    assert same(*gradients) and kept[1] < kept[0]
+
+
+# Names of parameters: mean, s and e of the standard deviation s * fan-in ** e. The first that fits counts.
+INITIAL = {
+    "nepa_deep": {"bias": (0, 0, 0), "scale": (1e-5, 0, 0), "norm": (1, 0, 0), "": (0, 0.02, 0)},
+    "trm_deep": {"q_head.weight": (0, 0, 0), "bias": (-5, 0, 0), "init": (0, 1, 0), "": (0, 1, -0.5)},
+    "jepa_lm": {"embed|predictors": (0, 0.05, 0), "o.w|down": (0, 8**-0.5, -0.5), "": (0, 1, -0.5)},
+}
+
+
+@pytest.mark.parametrize("script,inner,heads", [("nepa_deep", 640, 4), ("trm_deep", 512, 2), ("jepa_lm", 448, 2)])
+def test_sizes_and_initialisation(script, inner, heads):
+    config = SCRIPTS[script].Config
+    torch.manual_seed(0)
+    model = SCRIPTS[script].Model(config(hidden_size=160, num_heads=4))
+    assert model.layers[0].down.weight.shape == (160, inner)
+    for name, p in model.named_parameters():
+        mean, factor, exponent = next(rule for part, rule in INITIAL[script].items() if re.search(part, name))
+        std = factor * p.shape[-1] ** exponent
+        assert [p.mean().item(), p.std(correction=0).item()] == pytest.approx([mean, std], rel=0.1, abs=0.2 * std), name
+        assert script != "trm_deep" or (p - mean).abs().max() <= 2.3 * std  # cut
+    with pytest.raises(DataError, match=f"18, expected a multiple of {heads} .* = {4 * heads}"):
+        config(hidden_size=18, num_heads=4)
+
+
+x, y, z = torch.randn(3, 2, 4, 8)
+PASTED = [
+    (nepa_deep.prediction_loss, x, y),
+    (nepa_deep.intermediate_loss, x, [y, z], z),
+    (trm_deep.supervision_weights, 3, "constant", 0.5),
+    (jepa_lm.sigreg, x[0], y[0].T),
+    (jepa_lm.cosines, x[0], y[0], torch.arange(4)),
+    *[(jepa_lm.jepa_loss, x[0], y[0], kind) for kind in ("cosine", "mse", "l2", "infonce")],
+]
+PASTED += [
+    (trm_deep.compute_deep_supervision_loss, [x, y, z], x, schedule, 0.5)
+    for schedule in ("constant", "linear_decay", "exponential_decay", "u_shaped", "dynamic", "1,2,3")
+]
+
+
+def test_the_losses_run_when_pasted_elsewhere():
+    scope = {"torch": torch, "F": F}
+    for function, *inputs in PASTED:
+        exec(inspect.getsource(function), scope)
+        assert same(scope[function.__name__](*inputs), function(*inputs))
+
+
 # ==== trm_deep.py: the model =========================================================================================
 
 SMALL = {"vocab_size": 16, "hidden_size": 16, "num_heads": 2, "L_layers": 2, "H_cycles": 3, "L_cycles": 2}
@@ -416,17 +507,9 @@ def test_inference_computes_the_final_head_only():
     assert len(calls) == 10
 
 
-def test_sizes_and_initialisation():
-    model = trm(hidden_size=64, num_heads=4)
-    assert model.layers[0].down.weight.shape == (64, 256)  # round(4 * 64 * 2 / 3) = 171, up to a multiple of 256
-    for p in (model.layers[0].qkv.weight, model.layers[1].down.weight, model.lm_head.weight):
-        assert p.std().item() == pytest.approx(p.shape[1] ** -0.5, rel=0.05)
-        assert p.abs().max() <= 2.3 * p.shape[1] ** -0.5
-    assert not model.q_head.weight.any() and model.q_head.bias.item() == -5
-    model, inputs = trm(input_size=6, output_size=4), torch.randn(2, 3, 6)  # another hidden size is projected
+def test_another_hidden_size_than_the_embeddings_is_projected():
+    model, inputs = trm(input_size=6, output_size=4), torch.randn(2, 3, 6)
     assert step(model, {"input_embeddings": inputs})[1]["logits"].shape == (2, 3, 4)
-    with pytest.raises(DataError, match="hidden_size 18, expected a multiple of 2 \\* num_heads = 8"):
-        trm(hidden_size=18, num_heads=4)
     with pytest.raises(DataError, match="pos_encodings 'learned', expected 'rope' or 'none'"):
         trm(pos_encodings="learned")
 
@@ -474,17 +557,6 @@ def test_published_names_are_renamed_own_ones_stay_and_misfits_are_refused():
 # ==== trm_deep.py: no leak ===========================================================================================
 
 
-@pytest.mark.parametrize("t", range(6))
-def test_an_input_changes_no_output_before_it(t):
-    model, batch, carry, other = trm(), trm_batch(T=6), None, None
-    changed = {**batch, "input_embeddings": batch["input_embeddings"].index_fill(1, torch.tensor(t), 1.0)}
-    for _ in range(3):  # several supervision steps: the carry must not leak either
-        carry, outputs = step(model, batch, carry)
-        other, others = step(model, changed, other)
-        equal = (outputs["logits"] == others["logits"]).all(-1)
-        assert equal[:, :t].all() and not equal[:, t].any()
-
-
 def train_on_noise(folder, as_dict=False, flags=""):
     x = torch.randn(768, 9, 8, generator=torch.Generator().manual_seed(5))
     for split, part in {"train": x[:512], "val": x[512:]}.items():
@@ -521,10 +593,11 @@ WORKED = [  # the document's numbers, and others
 ]
 
 
-def deep_loss(schedule, num_steps=3, function=trm_deep.compute_deep_supervision_loss, **more):
+def deep_loss(schedule, num_steps=3, **more):
     """The loss, the steps' losses, and those by hand, of random predictions."""
     logits, labels = torch.randn(num_steps, 2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3, 4)
-    return *function(list(logits), labels, schedule, 0.5, **more), (logits - labels).square().mean((1, 2, 3))
+    loss, losses = trm_deep.compute_deep_supervision_loss(list(logits), labels, schedule, 0.5, **more)
+    return loss, losses, (logits - labels).square().mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("schedule,base,weights,total", WORKED)
@@ -561,15 +634,6 @@ def test_the_curriculum_moves_the_intermediate_weights_from_its_start_to_its_end
         flags = f"--curriculum_start_step {start} --curriculum_end_step {end} --deep_supervision_weight 1"
         sums = [loss_of(trm(), trm_batch(), flags, at)[1] for at in (0, 2, 4, 9)]
         assert [float(each["supervision_weight"][0]) / 3 for each in sums] == values
-
-
-def test_the_loss_functions_run_when_pasted_elsewhere():
-    scope = {"torch": torch, "F": F}
-    for function in (trm_deep.supervision_weights, trm_deep.compute_deep_supervision_loss):
-        exec(inspect.getsource(function), scope)
-    for schedule in ("constant", "linear_decay", "exponential_decay", "u_shaped", "dynamic", "1,2,3"):
-        pasted = deep_loss(schedule, function=scope["compute_deep_supervision_loss"])
-        assert same(pasted, deep_loss(schedule))
 
 
 def test_the_documents_training_loop_runs_as_written():
@@ -620,10 +684,10 @@ def test_the_documents_training_loop_runs_as_written():
 # ==== trm_deep.py: gradients =========================================================================================
 
 
-def gradients(model, batch, schedule="constant", **amp):
+def gradients(model, batch, schedule="constant", amp=False):
     """The loss, and every trained parameter's gradient of it and of the halting head; schedule None: the plain loss."""
     model.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bool(amp)):
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         outputs = step(model, batch, enable_deep_supervision=schedule is not None)[1]
     logits, labels = outputs["intermediate_logits"], batch["labels"]
     loss, _ = trm_deep.compute_deep_supervision_loss(logits, labels, schedule or "constant", 0.5)
@@ -657,14 +721,6 @@ def test_amp_gives_float32_gradients_to_every_parameter_and_keeps_one_copy_of_ea
 
     kept = saved_bytes(run_once, model, lambda x: x.dtype == torch.bfloat16 and set(x.shape) == {64, 3 * 64})
     assert kept == 2 * (2 * 64 * 3 * 64) and run_once()["logits"].dtype == torch.float32  # qkv of the two layers
-
-
-@pytest.mark.parametrize("amp", [{"amp": True}, {}])
-def test_checkpointing_gives_the_gradient_of_the_full_graph(amp):
-    model, batch = trm(), trm_batch()
-    right = gradients(model, batch, **amp)
-    model.grad_checkpoint = True
-    assert same(gradients(model, batch, **amp), right)
 
 
 @functools.lru_cache
@@ -1085,43 +1141,6 @@ def test_vit_equals_the_slow_reference(changes):
         near(mine[:, b], torch.stack(reference_vit(model, images[b], scale)), 1e-5)
 
 
-def test_vit_initialisation():
-    torch.manual_seed(0)
-    model = nepa_deep.Model(nepa_deep.Config(image_size=8, patch_size=4, hidden_size=192, num_layers=2, num_heads=3))
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            assert p.std().item() == pytest.approx(0.02, rel=0.15), name
-        else:
-            assert (p == (0 if name.endswith("bias") else 1e-5 if "scale" in name else 1)).all()
-    assert model.config.mlp_hidden == 768
-
-
-def test_a_config_that_does_not_divide_is_refused():
-    for changes, message in (({"num_heads": 3}, "multiple of 4 .* = 12"), ({"image_size": 13}, "multiple of patch_si")):
-        with pytest.raises(DataError, match=message):
-            vit(**changes)
-
-
-def test_changing_a_patch_changes_no_prediction_before_it():
-    model, images = vit(), pictures(1)
-    before = model(images)
-    for k, (row, column) in enumerate(itertools.product((0, 4, 8), (0, 4, 8)), start=1):  # patch k - 1 is position k
-        changed = images.clone()
-        changed[:, :, row : row + 4, column : column + 4] += 1
-        after = model(changed)
-        for a, b in zip([before.prediction, *before.hidden_states], [after.prediction, *after.hidden_states]):
-            assert torch.equal(a[:, :k], b[:, :k]) and (a[:, k:] != b[:, k:]).any(-1).all()
-
-
-def test_checkpointing_blocks_gives_the_same_gradient():
-    model, gradients = vit(), []
-    for model.grad_checkpoint in (False, True):
-        loss = nepa_deep.intermediate_loss(*model(pictures(), 1.3))[0]
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert all(g.any() for g in gradients[0])
-    torch.testing.assert_close(*gradients)
-
-
 def loss_at(model, images, every_layer):
     """The loss with or without the layers before the last."""
     output = model(images)
@@ -1272,14 +1291,6 @@ def test_the_losses_stay_finite_at_zero_and_know_their_range():
         assert loss(x, zero).item() == loss(zero, x).item() == 0
         assert torch.autograd.grad(loss(x, zero), zero)[0].isfinite().all()
         assert [loss(x, 3 * following).item(), loss(x, -following).item()] == pytest.approx([-1, 1])
-
-
-def test_the_nepa_losses_run_when_pasted_elsewhere():
-    output = vit()(pictures())
-    for function, inputs in ((nepa_deep.prediction_loss, output[::2]), (nepa_deep.intermediate_loss, output)):
-        scope = {"torch": torch, "F": F}
-        exec(inspect.getsource(function), scope)
-        assert same(scope[function.__name__](*inputs), function(*inputs))
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -1887,7 +1898,6 @@ REFUSED = {
     "--eval_file x": "--eval_file needs --train_file",
     "--prompt hi": "--prompt, and --system before it, need --eval_only",
     "--system hi": "--prompt, and --system before it, need --eval_only",
-    "--hidden_size 30": "hidden_size is 30, expected a multiple of 2 * num_heads = 4",
     "--train_file /none": "No such file or directory: '/none'",
 }
 
@@ -1981,12 +1991,9 @@ def test_jepa_losses_are_the_formulas():
         return -(likely.diagonal() / (likely * meant).sum(1)).log().mean()
 
     right = {"cosine": 1 - cos.trace() / 5, "mse": off.mean(), "l2": off.sum(1).sqrt().mean(), "infonce": infonce(1)}
-    scope = {"torch": torch, "F": F}
-    exec(inspect.getsource(jepa_lm.jepa_loss), scope)
     for kind, value in right.items():
         assert jepa_lm.jepa_loss(p, t, kind).item() == pytest.approx(value.item(), rel=1e-5), kind
         assert jepa_lm.jepa_loss(p[:0], t[:0], kind).item() == 0
-        assert scope["jepa_loss"](p, t, kind) == jepa_lm.jepa_loss(p, t, kind)
         for zero in ((0, 1), (1, 0), (0, 0)):  # the gradient stays bounded
             views = torch.stack([p * zero[0], t * zero[1]]).requires_grad_()
             jepa_lm.jepa_loss(*views, kind).backward()
@@ -2010,9 +2017,6 @@ def test_sigreg_is_the_epps_pulley_test_along_each_direction():
         right.append(6 * np.trapezoid(off, points))
     assert jepa_lm.sigreg(views, directions).item() == pytest.approx(sum(right) / 5, rel=1e-5)
     assert jepa_lm.sigreg(torch.randn(4000, 8), directions) < 2 < 1000 < jepa_lm.sigreg(torch.ones(4000, 8), directions)
-    scope = {"torch": torch, "F": F}
-    exec(inspect.getsource(jepa_lm.sigreg), scope)
-    assert scope["sigreg"](views, directions) == jepa_lm.sigreg(views, directions)
 
 
 def test_sigreg_drives_collapsed_views_apart():
