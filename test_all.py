@@ -401,6 +401,78 @@ def test_the_losses_run_when_pasted_elsewhere():
         assert same(scope[function.__name__](*inputs), function(*inputs))
 
 
+def folder_with(folder, files):
+    """The folder, with these files: bytes, an array, a shape of zeros or anything.
+
+    0.pt stands for train_embeddings_chunk_0.pt.
+    """
+    folder.mkdir(exist_ok=True)
+    for name, value in files.items():
+        path = folder / (name if name[0].isalpha() else f"train_embeddings_chunk_{name}")
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        elif path.suffix == ".npy":
+            np.save(path, np.zeros(value, np.uint8) if isinstance(value, tuple) else value)
+        else:
+            torch.save(value, path)
+    return folder
+
+
+x3 = torch.randn(3, 5, 4)
+BAD_CHUNKS = {  # message -> the files
+    "no training sequences, expected two": {"val_embeddings_chunk_0.pt": x3},
+    "no training sequences": {"0.pt": x3[:1]},
+    "chunk_1.pt: samples of shape": {"0.pt": x3, "1.pt": x3[:, :4]},
+    "val_embeddings_chunk_0.pt: samples of shape": {"0.pt": x3, "val_embeddings_chunk_0.pt": x3[..., :2]},
+    "chunk_0.pt: the same chunk as train_embeddings_chunk_0.npy": {"0.pt": x3, "0.npy": x3.numpy()},
+    "chunk_00.pt: the same chunk as train_embeddings_chunk_0.pt": {"0.pt": x3, "00.pt": x3},
+    "torch.int64, 3, 5, 4]}, expected": {"0.pt": x3.long()},
+    "torch.int8, 3, 5, 4]}, expected": {"0.npy": x3.numpy().astype(np.int8)},
+    "torch.float32, 3, 5]}, expected": {"0.pt": x3[..., 0]},
+    "torch.float32, 0, 5, 4]}, expected": {"0.pt": x3[:0]},
+    "torch.float32, 3, 1, 4]}, expected": {"0.pt": x3[:, :1]},
+    "holds {'labels'": {"0.pt": {"labels": x3}},
+    "holds {'sequence': [<class 'list'>]}, expected": {"0.pt": [x3]},
+    "with the same N and T": {"0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
+    "chunk_0.pt: sample 2 is not finite": {"0.pt": torch.cat([x3[:2], x3 / 0])},
+    "a sequence ends in zeros": {"0.pt": torch.cat([x3, x3 * torch.tensor([1.0, 1, 1, 0, 0])[:, None]])},
+    "chunk_0.pt: cannot be read": {"0.pt": Path},  # pickled code: refused by weights_only
+    "chunk_1.pt: cannot be read": {"1.pt": b""},
+    "chunk_2.pt: cannot be read": {"2.pt": pickle.dumps(x3)[:99]},
+    "chunk_4.npy: cannot be read": {"4.npy": b"PK and no zip"},
+}
+BAD_IMAGES = {
+    "no images, expected images.npy or data_batch_": {},
+    "data_batch_1.bin: 3072 bytes, expected records of 3073": {"data_batch_1.bin": b"\0" * 3072},
+    "data_batch_1.bin: 0 bytes": {"data_batch_1.bin": b""},
+    "9 images, expected 10 or more": {"images.npy": (9, 8, 8, 3)},
+    "images.npy: float64 [20, 8, 8, 3], expected uint8": {"images.npy": np.zeros((20, 8, 8, 3))},
+    "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C] or [N, H, W]": {"images.npy": (20, 8)},
+    "images.npy: uint8 [0, 8, 8, 3], expected": {"images.npy": (0, 8, 8, 3)},
+    "uint8 [20, 3, 8, 8], expected [N, H, W, C]: save images.transpose(0, 2, 3, 1)": {"images.npy": (20, 3, 8, 8)},
+    "images.npy: uint8 [20, 1, 28, 28], expected [N, H, W, C]": {"images.npy": (20, 1, 28, 28)},
+    "images.npy: cannot be read": {"images.npy": np.array([None, {}], dtype=object)},
+    "labels.npy: float64 [20], expected integers [20]": {"labels.npy": np.zeros(20)},
+    "labels.npy: int64 [19], expected integers [20]": {"labels.npy": np.zeros(19, np.int64)},
+    "labels.npy: entry 3 is -2, expected classes": {"labels.npy": np.array([0, 1, -1, -2] * 5)},
+    "labels.npy: entry 1 is 10000, expected classes": {"labels.npy": np.array([0, 10_000] * 10)},
+    "image_size 9, expected a multiple of patch_size 8": {"images.npy": (20, 9, 9, 3)},
+}
+BAD = [("--data_folder", *each) for each in BAD_CHUNKS.items()] + [("--data_dir", *each) for each in BAD_IMAGES.items()]
+
+
+@pytest.mark.parametrize("flag,message,files", BAD)
+def test_bad_data_is_one_line_that_names_the_file(tmp_path, flag, message, files):
+    folder = folder_with(tmp_path / "data", files)
+    if "labels.npy" in files:
+        arrays(folder)
+    with pytest.raises(SystemExit) as stop:
+        run("nepa_deep" if "dir" in flag else "trm_deep", tmp_path / "run", f"{flag} {folder} --batch_size 2")
+    text = stop.value.code
+    assert text.startswith((f"error: {folder}", "error: image_size")) and message in text and "\n" not in text
+    assert "expected" in text and ("folder" in flag or not (tmp_path / "run").exists())
+
+
 # ==== trm_deep.py: the model =========================================================================================
 
 SMALL = {"vocab_size": 16, "hidden_size": 16, "num_heads": 2, "L_layers": 2, "H_cycles": 3, "L_cycles": 2}
@@ -514,14 +586,19 @@ def test_another_hidden_size_than_the_embeddings_is_projected():
         trm(pos_encodings="learned")
 
 
+def published(module, path, **changes):
+    """The tensors of a dump by name; the model of its configuration (JSON) and of its weights (`w:` + name)."""
+    raw = np.load(path)
+    dump = {name: torch.tensor(value) for name, value in raw.items() if value.dtype.kind != "U"}
+    weights = {name[2:]: value for name, value in dump.items() if name.startswith("w:")}
+    return dump, module.from_official(json.loads(str(raw["config"])) | changes, weights)
+
+
 @pytest.mark.parametrize("path", dumps("inner.H_init"))
 @pytest.mark.parametrize("causal", [False, True])
 def test_parity_with_the_published_model(causal, path):
-    """The dump: weights (`w:` + name), config as JSON, inputs, and outputs (under `causal:` the causal ones)."""
-    raw = np.load(path)
-    dump = {name: torch.tensor(value) for name, value in raw.items() if value.dtype.kind != "U"}
-    config = json.loads(str(raw["config"])) | {"causal": causal}
-    model = trm_deep.from_official(config, {name[2:]: w for name, w in dump.items() if name.startswith("w:")})
+    """Under `causal:` the dump holds what causal attention makes of the same weights."""
+    dump, model = published(trm_deep, path, causal=causal)
     batch = {name: dump[name] for name in ("input_embeddings", "labels")}
     first, one = step(model, batch, enable_deep_supervision=True)
     second, two = step(model, batch, first)
@@ -901,25 +978,16 @@ def test_a_sentence_is_right_when_its_signs_decode_or_its_cosine_is_high():
     assert not trm_deep.is_right(-labels, labels, trm_args())[1].any()
 
 
-def folder_with(folder, chunks):
-    """The folder, with a file for each: bytes, an array or anything; 0.pt stands for train_embeddings_chunk_0.pt."""
-    folder.mkdir(exist_ok=True)
-    for name, value in chunks.items():
-        path = folder / (name if "_" in name else f"train_embeddings_chunk_{name}")
-        with open(path, "wb") as file:
-            if isinstance(value, bytes):
-                file.write(value)
-            elif path.suffix == ".npy":
-                np.save(file, value)
-            else:
-                torch.save(value, file)
-    return folder
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype, capsys):
     x = torch.randn(11, 5, 4).to(dtype)
-    chunks = {"10.pt": x[6:9], "2.pt": x[3:6], "0.pt": x[:3], "val_embeddings_chunk_0.pt": x[9:], "old.pt": 1}
+    chunks = {
+        "10.pt": x[6:9],
+        "2.pt": x[3:6],
+        "0.pt": x[:3],
+        "val_embeddings_chunk_0.pt": x[9:],
+        "train_embeddings_chunk_old.pt": 1,
+    }
     train, val = trm_deep.open_folder(folder_with(tmp_path, chunks))
     assert torch.equal(train["sequence"][np.arange(9)], x[:9].float()) and len(val["sequence"]) == 2
     assert capsys.readouterr().out.count("some train chunks are missing, 3 are numbered 0 to 10") == 1
@@ -992,40 +1060,6 @@ def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
     config = load(tmp_path / "run")["config"]
     assert not config["causal"] and config["halt_position"] == 0 and len(config["normalization"]["labels"][0]) == 4
     assert "zero_loss" in final and "copy_loss" not in final
-
-
-x3 = torch.randn(3, 5, 4)
-BAD_FOLDERS = {
-    "no training sequences, expected two": {"val_embeddings_chunk_0.pt": x3},
-    "no training sequences": {"0.pt": x3[:1]},
-    "chunk_1.pt: samples of shape": {"0.pt": x3, "1.pt": x3[:, :4]},
-    "val_embeddings_chunk_0.pt: samples of shape": {"0.pt": x3, "val_embeddings_chunk_0.pt": x3[..., :2]},
-    "chunk_0.pt: the same chunk as train_embeddings_chunk_0.npy": {"0.pt": x3, "0.npy": x3.numpy()},
-    "chunk_00.pt: the same chunk as train_embeddings_chunk_0.pt": {"0.pt": x3, "00.pt": x3},
-    "torch.int64, 3, 5, 4]}, expected": {"0.pt": x3.long()},
-    "torch.int8, 3, 5, 4]}, expected": {"0.npy": x3.numpy().astype(np.int8)},
-    "torch.float32, 3, 5]}, expected": {"0.pt": x3[..., 0]},
-    "torch.float32, 0, 5, 4]}, expected": {"0.pt": x3[:0]},
-    "torch.float32, 3, 1, 4]}, expected": {"0.pt": x3[:, :1]},
-    "holds {'labels'": {"0.pt": {"labels": x3}},
-    "holds {'sequence': [<class 'list'>]}, expected": {"0.pt": [x3]},
-    "with the same N and T": {"0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
-    "chunk_0.pt: sample 2 is not finite": {"0.pt": torch.cat([x3[:2], x3 / 0])},
-    "a sequence ends in zeros": {"0.pt": torch.cat([x3, x3 * torch.tensor([1.0, 1, 1, 0, 0])[:, None]])},
-    "chunk_0.pt: cannot be read": {"0.pt": Path},  # pickled code: refused by weights_only
-    "chunk_1.pt: cannot be read": {"1.pt": b""},
-    "chunk_2.pt: cannot be read": {"2.pt": pickle.dumps(x3)[:99]},
-    "chunk_4.npy: cannot be read": {"4.npy": b"PK and no zip"},
-}
-
-
-@pytest.mark.parametrize("message", BAD_FOLDERS)
-def test_bad_data_is_one_line_that_names_the_file(tmp_path, message):
-    folder = folder_with(tmp_path / "data", BAD_FOLDERS[message])
-    with pytest.raises(SystemExit) as stop:
-        run("trm_deep", tmp_path / "run", f"--data_folder {folder} --batch_size 2")
-    text = stop.value.code
-    assert text.startswith(f"error: {folder}") and message in text and "expected" in text and "\n" not in text
 
 
 def test_a_trained_model_can_be_given_more_or_fewer_cycles(tmp_path, capsys):
@@ -1141,6 +1175,11 @@ def test_vit_equals_the_slow_reference(changes):
         near(mine[:, b], torch.stack(reference_vit(model, images[b], scale)), 1e-5)
 
 
+def grad_norm(loss, model, **how):
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, **how)
+    return torch.cat([g.flatten() for g in gradients if g is not None]).norm().item()
+
+
 def loss_at(model, images, every_layer):
     """The loss with or without the layers before the last."""
     output = model(images)
@@ -1156,8 +1195,7 @@ def test_blank_patches_keep_the_gradient_sane_at_init(layerscale, every_layer):
     ordinary, half, norms = pictures(2, 32, 32), pictures(2, 32, 32), []
     half[:, :, 16:] = 0
     for images in (ordinary, half, torch.zeros_like(half), torch.full_like(half, 128 / 127.5 - 1)):
-        gradients = torch.autograd.grad(loss_at(model, images, every_layer), model.parameters(), allow_unused=True)
-        norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm().item())
+        norms.append(grad_norm(loss_at(model, images, every_layer), model))
     assert max(norms) < 100 * norms[0]  # without the guard: 1e6 and more
     assert torch.equal(model.embed(ordinary)[:, 1:], model.patch(ordinary).flatten(2).transpose(1, 2))
 
@@ -1236,19 +1274,16 @@ def test_a_run_starts_from_published_weights(tmp_path):
 @pytest.mark.parametrize("path", dumps("vit_nepa.layernorm.weight"))
 def test_parity_with_the_published_vit(path):
     """States within 5e-6, losses within 1e-6, gradient norms within 1e-5 of their size."""
-    dump = np.load(path)
-    weights = {name[2:]: dump[name] for name in dump.files if name.startswith("w:")}
-    model = nepa_deep.from_official(json.loads(str(dump["config"])), weights)
-    output = model(torch.tensor(dump["pixel_values"]))
+    dump, model = published(nepa_deep, path)
+    output = model(dump["pixel_values"])
     states = {"input_embedding": output.embedding, "last_hidden_state": output.prediction}
     for name, state in (states | {f"h{i}": h for i, h in enumerate(output.hidden_states, start=1)}).items():
-        torch.testing.assert_close(state.detach(), torch.tensor(dump[name]), atol=5e-6, rtol=0)
+        torch.testing.assert_close(state, dump[name], atol=5e-6, rtol=0)
     total, final, layers = nepa_deep.intermediate_loss(*output)
     losses = {"loss": final.item(), "loss_intermediate": sum(layers).item() / len(layers)}
     assert losses == pytest.approx({name: float(dump[name]) for name in losses}, abs=1e-6)
     for loss, name in ((total, "total"), (final, "loss")):
-        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-        norm = torch.stack([g.double().norm() for g in gradients]).norm().item()
+        norm = grad_norm(loss, model, retain_graph=True)
         assert norm == pytest.approx(float(dump[f"grad_norm_{name}"]), rel=1e-5)
 
 
@@ -1378,11 +1413,8 @@ def random_images(n, side=8):
 
 
 def arrays(folder, images=(20, 8, 8, 3), labels=None, prefix=""):
-    """Images, or zeros of this shape, and labels, where there are any, as files."""
-    folder.mkdir(exist_ok=True)
-    np.save(folder / f"{prefix}images.npy", np.zeros(images, np.uint8) if isinstance(images, tuple) else images)
-    if labels is not None:
-        np.save(folder / f"{prefix}labels.npy", labels)
+    files = {f"{prefix}images.npy": images, f"{prefix}labels.npy": labels}
+    folder_with(folder, {name: value for name, value in files.items() if value is not None})
 
 
 def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path):
@@ -1444,41 +1476,6 @@ def test_evaluating_on_images_of_another_size_uses_the_models(tmp_path, capsys):
         run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {grey}", tiny=False)
 
 
-BAD_IMAGES = {  # message -> the files, as name and contents or as what arrays() writes
-    "no images, expected images.npy or data_batch_": {},
-    "data_batch_1.bin: 3072 bytes, expected records of 3073": {"data_batch_1.bin": b"\0" * 3072},
-    "data_batch_1.bin: 0 bytes": {"data_batch_1.bin": b""},
-    "9 images, expected 10 or more": {"images": (9, 8, 8, 3)},
-    "images.npy: float64 [20, 8, 8, 3], expected uint8": {"images": np.zeros((20, 8, 8, 3))},
-    "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C] or [N, H, W]": {"images": (20, 8)},
-    "images.npy: uint8 [0, 8, 8, 3], expected": {"images": (0, 8, 8, 3)},
-    "images.npy: uint8 [20, 3, 8, 8], expected [N, H, W, C]: save images.transpose(0, 2, 3, 1)": {
-        "images": (20, 3, 8, 8)
-    },
-    "images.npy: uint8 [20, 1, 28, 28], expected [N, H, W, C]": {"images": (20, 1, 28, 28)},
-    "images.npy: cannot be read": {"images": np.array([None, {}], dtype=object)},
-    "labels.npy: float64 [20], expected integers [20]": {"labels": np.zeros(20)},
-    "labels.npy: int64 [19], expected integers [20]": {"labels": np.zeros(19, np.int64)},
-    "labels.npy: entry 3 is -2, expected classes": {"labels": np.array([0, 1, -1, -2] * 5)},
-    "labels.npy: entry 1 is 10000, expected classes": {"labels": np.array([0, 10_000] * 10)},
-    "image_size 9, expected a multiple of patch_size 8": {"images": (20, 9, 9, 3)},
-}
-
-
-@pytest.mark.parametrize("message", BAD_IMAGES)
-def test_bad_images_are_one_line_that_names_the_file(tmp_path, message):
-    for name, contents in BAD_IMAGES[message].items():
-        if isinstance(contents, bytes):
-            (tmp_path / name).write_bytes(contents)
-        else:
-            arrays(tmp_path, **{name: contents})
-    with pytest.raises(SystemExit) as exit_:
-        run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path}")
-    text = str(exit_.value)
-    assert text.startswith(("error: image_size", f"error: {tmp_path}")) and message in text
-    assert "\n" not in text and not (tmp_path / "run").exists()
-
-
 # ==== nepa_deep.py: crops ============================================================================================
 
 
@@ -1514,18 +1511,22 @@ def test_crop_boxes_follow_the_position_and_the_flags():
     args, few = parsed("nepa_deep", "--crop_scale 0.5 --flip_prob 0.3"), np.array([7, 3])
     boxes = nepa_deep.crop_boxes(np.arange(20_000), 40, 60, args)
     top, left, height, width, flip = boxes.T
-    assert boxes.dtype == np.float32 and min(top.min(), left.min()) >= 0
-    assert (top + height).max() <= 40 + 1e-4 and (left + width).max() <= 60 + 1e-4
+    assert boxes.dtype == np.float32 and boxes.min() >= 0
+    assert (boxes[:, :2] + boxes[:, 2:4] <= [40.0001, 60.0001]).all()
     area, ratio = height * width / 2400, (width / height)[(height < 40) & (width < 60)]
     assert [area.min(), area.max(), area.mean()] == pytest.approx([0.5, 1, 0.75], abs=0.01)
     assert [ratio.min(), ratio.max(), flip.mean()] == pytest.approx([3 / 4, 4 / 3, 0.3], abs=0.02)
-    related = np.corrcoef(np.stack([top / (40.01 - height), left / (60.01 - width), flip]))
+    related = np.corrcoef([top / (40.01 - height), left / (60.01 - width), flip])
     assert related[0, 1:] == pytest.approx(0, abs=0.03)
-    assert np.array_equal(nepa_deep.crop_boxes(few, 40, 60, args), boxes[few])
+
+    def again():
+        return nepa_deep.crop_boxes(few, 40, 60, args)
+
+    assert np.array_equal(again(), boxes[few])
     args.seed = 1
-    assert not np.array_equal(nepa_deep.crop_boxes(few, 40, 60, args), boxes[few])
+    assert not np.array_equal(again(), boxes[few])
     args.crop_scale = 1.0  # no crop at all
-    assert (nepa_deep.crop_boxes(few, 40, 60, args)[:, :4] == [0, 0, 40, 60]).all()
+    assert (again()[:, :4] == [0, 0, 40, 60]).all()
 
 
 # ==== nepa_deep.py: the download =====================================================================================
@@ -1653,7 +1654,7 @@ def test_weights_ruined_by_the_last_update_stop_the_run_in_one_line(tmp_path):
 
 
 def test_evaluation_draws_nothing_and_reads_the_asked_layer(tmp_path, monkeypatch):
-    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON} --out_dir {tmp_path}")
+    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON}")
     data = nepa_deep.make_data(args)
     torch.manual_seed(1)
     model, before = nepa_deep.Model(data["config"]), torch.get_rng_state()
@@ -1668,7 +1669,7 @@ def test_evaluation_draws_nothing_and_reads_the_asked_layer(tmp_path, monkeypatc
 
 
 def test_the_probes_see_uncut_training_images_in_file_order(tmp_path, monkeypatch):
-    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON} --out_dir {tmp_path}")
+    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON}")
     data, seen = nepa_deep.make_data(args), []
     index, model = data["probed"][0][0]["images"].index, nepa_deep.Model(data["config"])
     assert len(set(index)) == 60 and (np.diff(index) > 0).all()
@@ -1981,29 +1982,28 @@ def test_the_world_is_what_it_says():
 
 def test_jepa_losses_are_the_formulas():
     p, t = torch.randn(2, 5, 8, dtype=torch.float64)
-    p_unit, t_unit = (x / x.square().sum(1, keepdim=True).sqrt() for x in (p, t))
-    cos, off = p_unit @ t_unit.T, (p - t).square()
+    cos, targets = (F.cosine_similarity(x[:, None], t, dim=-1) for x in (p, t))
     twins = torch.tensor([0, 1, 0, 2, 3])  # the first and third target are the same text: no negatives of each other
-    own, other = torch.eye(5, dtype=torch.bool), twins[:, None] != twins
+    own, other = torch.eye(5) > 0, twins[:, None] != twins
 
     def infonce(meant):
         likely = (cos / 0.07).exp()
-        return -(likely.diagonal() / (likely * meant).sum(1)).log().mean()
+        return -(likely.diagonal() / (likely * meant).sum(1)).log()
 
-    right = {"cosine": 1 - cos.trace() / 5, "mse": off.mean(), "l2": off.sum(1).sqrt().mean(), "infonce": infonce(1)}
-    for kind, value in right.items():
-        assert jepa_lm.jepa_loss(p, t, kind).item() == pytest.approx(value.item(), rel=1e-5), kind
+    right = {"cosine": 1 - cos.diagonal(), "mse": (p - t) ** 2, "l2": (p - t).norm(dim=1), "infonce": infonce(1)}
+    for kind, values in right.items():
+        near(jepa_lm.jepa_loss(p, t, kind), values.mean(), 1e-5)
         assert jepa_lm.jepa_loss(p[:0], t[:0], kind).item() == 0
         for zero in ((0, 1), (1, 0), (0, 0)):  # the gradient stays bounded
             views = torch.stack([p * zero[0], t * zero[1]]).requires_grad_()
             jepa_lm.jepa_loss(*views, kind).backward()
             assert views.grad.norm() < 1e5, kind
-    assert jepa_lm.jepa_loss(p, t, "infonce", twins).item() == pytest.approx(infonce(own | other).item(), rel=1e-5)
+    near(jepa_lm.jepa_loss(p, t, "infonce", twins), infonce(own | other).mean(), 1e-5)
     with pytest.raises(ValueError, match="unknown loss 'cos', expected cosine, mse, l2 or infonce"):
         jepa_lm.jepa_loss(p, t, "cos")
-    right = {"cos_paired": (cos, own), "cos_unpaired": (cos, other), "cos_targets": (t_unit @ t_unit.T, other)}
+    right = {"cos_paired": (cos, own), "cos_unpaired": (cos, other), "cos_targets": (targets, other)}
     for name, (values, meant) in jepa_lm.cosines(p, t, twins).items():
-        torch.testing.assert_close(values, right[name][0].float(), atol=1e-6, rtol=0)
+        near(values, right[name][0], 1e-6)
         assert torch.equal(meant, right[name][1])
 
 
@@ -2157,11 +2157,9 @@ def test_the_losses_are_means_over_the_tokens_and_pairs_of_the_whole_update(lbd,
     model = jepa_lm.Model(jepa_lm.Config(**load(tmp_path / "run")["config"]))
     args = parsed("jepa_lm", flags)
     llm, jepa, pairs, answers = naive_losses(model, chats, args)
-    (llm + lbd * jepa).backward()
-    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert lines[1]["llm_loss"] == pytest.approx(llm.item(), rel=1e-5)
     assert lines[1]["loss"] == pytest.approx((llm + lbd * jepa).item(), rel=1e-5)
-    assert lines[1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert lines[1]["grad_norm"] == pytest.approx(grad_norm(llm + lbd * jepa, model), rel=1e-4)
     assert lines[0]["llm_loss"] == pytest.approx(naive_losses(model, OTHERS, args)[0].item(), rel=1e-5)  # validation
     assert lines[1]["valid_tokens"] == answers / 4 and lines[1]["pairs"] == (pairs / 4 if lbd else 0)
 
