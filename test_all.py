@@ -310,6 +310,169 @@ def test_batches_are_contiguous_and_only_pinned_memory_is_copied_without_waiting
         tensor.to.assert_called_once_with(device, non_blocking=not waits)
 
 
+# ==== what holds for every script ====================================================================================
+
+
+def small(script):
+    """A model, inputs [2, 9, ...], and what makes tensors [2, 9 or with CLS 10, D] of both."""
+    make, x, outputs = {
+        "nepa_deep": (
+            vit,
+            torch.randn(2, 9, 48),
+            lambda model, x: [*(y := model(F.fold(x.mT, 12, 4, stride=4))).hidden_states, y.prediction],
+        ),
+        "trm_deep": (  # several supervision steps: the carry must not leak either
+            trm,
+            torch.randn(2, 9, 16),
+            lambda model, x: trm_deep.answer(model, {"input_embeddings": x}, diagnose=True)["intermediate_logits"],
+        ),
+        "jepa_lm": (jepa_model, torch.randint(250, (2, 9)), lambda model, x: [model(x)]),
+    }[script]
+    return make(), x, outputs
+
+
+@each_script
+def test_an_input_changes_no_output_before_it_and_all_from_it_on(script):
+    model, x, outputs = small(script)
+    for t in range(-9, 0):
+        changed = x.index_fill(1, torch.tensor(9 + t), 1)
+        for a, b in zip(outputs(model, x), outputs(model, changed), strict=True):
+            assert torch.equal(a[:, :t], b[:, :t]) and (a[:, t:] != b[:, t:]).any(-1).all()
+
+
+@each_script
+@pytest.mark.parametrize("amp", [True, False])
+def test_checkpointing_gives_the_same_gradient_and_keeps_less(script, amp):
+    model, x, outputs = small(script)
+    gradients, kept = [], []
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return sum(y.float().sin().sum() for y in outputs(model, x))
+
+    for model.grad_checkpoint in (False, True):
+        gradients.append(torch.autograd.grad(loss(), list(model.parameters()), allow_unused=True))
+        kept.append(saved_bytes(loss, model))
+    assert same(*gradients) and kept[1] < kept[0]
+
+
+# Names of parameters: mean, s and e of the standard deviation s * fan-in ** e. The first that fits counts.
+INITIAL = {
+    "nepa_deep": {"bias": (0, 0, 0), "scale": (1e-5, 0, 0), "norm": (1, 0, 0), "": (0, 0.02, 0)},
+    "trm_deep": {"q_head.weight": (0, 0, 0), "bias": (-5, 0, 0), "init": (0, 1, 0), "": (0, 1, -0.5)},
+    "jepa_lm": {"embed|predictors": (0, 0.05, 0), "o.w|down": (0, 8**-0.5, -0.5), "": (0, 1, -0.5)},
+}
+
+
+@pytest.mark.parametrize("script,inner,heads", [("nepa_deep", 640, 4), ("trm_deep", 512, 2), ("jepa_lm", 448, 2)])
+def test_sizes_and_initialisation(script, inner, heads):
+    config = SCRIPTS[script].Config
+    torch.manual_seed(0)
+    model = SCRIPTS[script].Model(config(hidden_size=160, num_heads=4))
+    assert model.layers[0].down.weight.shape == (160, inner)
+    for name, p in model.named_parameters():
+        mean, factor, exponent = next(rule for part, rule in INITIAL[script].items() if re.search(part, name))
+        std = factor * p.shape[-1] ** exponent
+        assert [p.mean().item(), p.std(correction=0).item()] == pytest.approx([mean, std], rel=0.1, abs=0.2 * std), name
+        assert script != "trm_deep" or (p - mean).abs().max() <= 2.3 * std  # cut
+    with pytest.raises(DataError, match=f"18, expected a multiple of {heads} .* = {4 * heads}"):
+        config(hidden_size=18, num_heads=4)
+
+
+x, y, z = torch.randn(3, 2, 4, 8)
+PASTED = [
+    (nepa_deep.prediction_loss, x, y),
+    (nepa_deep.intermediate_loss, x, [y, z], z),
+    (trm_deep.supervision_weights, 3, "constant", 0.5),
+    (jepa_lm.sigreg, x[0], y[0].T),
+    (jepa_lm.cosines, x[0], y[0], torch.arange(4)),
+    *[(jepa_lm.jepa_loss, x[0], y[0], kind) for kind in ("cosine", "mse", "l2", "infonce")],
+]
+PASTED += [
+    (trm_deep.compute_deep_supervision_loss, [x, y, z], x, schedule, 0.5)
+    for schedule in ("constant", "linear_decay", "exponential_decay", "u_shaped", "dynamic", "1,2,3")
+]
+
+
+def test_the_losses_run_when_pasted_elsewhere():
+    scope = {"torch": torch, "F": F}
+    for function, *inputs in PASTED:
+        exec(inspect.getsource(function), scope)
+        assert same(scope[function.__name__](*inputs), function(*inputs))
+
+
+def folder_with(folder, files):
+    """The folder, with these files: bytes, an array, a shape of zeros or anything.
+
+    0.pt stands for train_embeddings_chunk_0.pt.
+    """
+    folder.mkdir(exist_ok=True)
+    for name, value in files.items():
+        path = folder / (name if name[0].isalpha() else f"train_embeddings_chunk_{name}")
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        elif path.suffix == ".npy":
+            np.save(path, np.zeros(value, np.uint8) if isinstance(value, tuple) else value)
+        else:
+            torch.save(value, path)
+    return folder
+
+
+x3 = torch.randn(3, 5, 4)
+BAD_CHUNKS = {  # message -> the files
+    "no training sequences, expected two": {"val_embeddings_chunk_0.pt": x3},
+    "no training sequences": {"0.pt": x3[:1]},
+    "chunk_1.pt: samples of shape": {"0.pt": x3, "1.pt": x3[:, :4]},
+    "val_embeddings_chunk_0.pt: samples of shape": {"0.pt": x3, "val_embeddings_chunk_0.pt": x3[..., :2]},
+    "chunk_0.pt: the same chunk as train_embeddings_chunk_0.npy": {"0.pt": x3, "0.npy": x3.numpy()},
+    "chunk_00.pt: the same chunk as train_embeddings_chunk_0.pt": {"0.pt": x3, "00.pt": x3},
+    "torch.int64, 3, 5, 4]}, expected": {"0.pt": x3.long()},
+    "torch.int8, 3, 5, 4]}, expected": {"0.npy": x3.numpy().astype(np.int8)},
+    "torch.float32, 3, 5]}, expected": {"0.pt": x3[..., 0]},
+    "torch.float32, 0, 5, 4]}, expected": {"0.pt": x3[:0]},
+    "torch.float32, 3, 1, 4]}, expected": {"0.pt": x3[:, :1]},
+    "holds {'labels'": {"0.pt": {"labels": x3}},
+    "holds {'sequence': [<class 'list'>]}, expected": {"0.pt": [x3]},
+    "with the same N and T": {"0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
+    "chunk_0.pt: sample 2 is not finite": {"0.pt": torch.cat([x3[:2], x3 / 0])},
+    "a sequence ends in zeros": {"0.pt": torch.cat([x3, x3 * torch.tensor([1.0, 1, 1, 0, 0])[:, None]])},
+    "chunk_0.pt: cannot be read": {"0.pt": Path},  # pickled code: refused by weights_only
+    "chunk_1.pt: cannot be read": {"1.pt": b""},
+    "chunk_2.pt: cannot be read": {"2.pt": pickle.dumps(x3)[:99]},
+    "chunk_4.npy: cannot be read": {"4.npy": b"PK and no zip"},
+}
+BAD_IMAGES = {
+    "no images, expected images.npy or data_batch_": {},
+    "data_batch_1.bin: 3072 bytes, expected records of 3073": {"data_batch_1.bin": b"\0" * 3072},
+    "data_batch_1.bin: 0 bytes": {"data_batch_1.bin": b""},
+    "9 images, expected 10 or more": {"images.npy": (9, 8, 8, 3)},
+    "images.npy: float64 [20, 8, 8, 3], expected uint8": {"images.npy": np.zeros((20, 8, 8, 3))},
+    "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C] or [N, H, W]": {"images.npy": (20, 8)},
+    "images.npy: uint8 [0, 8, 8, 3], expected": {"images.npy": (0, 8, 8, 3)},
+    "uint8 [20, 3, 8, 8], expected [N, H, W, C]: save images.transpose(0, 2, 3, 1)": {"images.npy": (20, 3, 8, 8)},
+    "images.npy: uint8 [20, 1, 28, 28], expected [N, H, W, C]": {"images.npy": (20, 1, 28, 28)},
+    "images.npy: cannot be read": {"images.npy": np.array([None, {}], dtype=object)},
+    "labels.npy: float64 [20], expected integers [20]": {"labels.npy": np.zeros(20)},
+    "labels.npy: int64 [19], expected integers [20]": {"labels.npy": np.zeros(19, np.int64)},
+    "labels.npy: entry 3 is -2, expected classes": {"labels.npy": np.array([0, 1, -1, -2] * 5)},
+    "labels.npy: entry 1 is 10000, expected classes": {"labels.npy": np.array([0, 10_000] * 10)},
+    "image_size 9, expected a multiple of patch_size 8": {"images.npy": (20, 9, 9, 3)},
+}
+BAD = [("--data_folder", *each) for each in BAD_CHUNKS.items()] + [("--data_dir", *each) for each in BAD_IMAGES.items()]
+
+
+@pytest.mark.parametrize("flag,message,files", BAD)
+def test_bad_data_is_one_line_that_names_the_file(tmp_path, flag, message, files):
+    folder = folder_with(tmp_path / "data", files)
+    if "labels.npy" in files:
+        arrays(folder)
+    with pytest.raises(SystemExit) as stop:
+        run("nepa_deep" if "dir" in flag else "trm_deep", tmp_path / "run", f"{flag} {folder} --batch_size 2")
+    text = stop.value.code
+    assert text.startswith((f"error: {folder}", "error: image_size")) and message in text and "\n" not in text
+    assert "expected" in text and ("folder" in flag or not (tmp_path / "run").exists())
+
+
 # ==== trm_deep.py: the model =========================================================================================
 
 SMALL = {"vocab_size": 16, "hidden_size": 16, "num_heads": 2, "L_layers": 2, "H_cycles": 3, "L_cycles": 2}
@@ -333,48 +496,66 @@ def near(mine, right, tolerance=1e-4):
     torch.testing.assert_close(mine.detach().double(), right.detach().double(), atol=tolerance, rtol=tolerance)
 
 
-def ref_norm(rows, eps):
+def ref_norm(rows, eps=1e-5):
     """Each row [D] over its root mean square."""
     return torch.stack([row / (row.pow(2).mean() + eps).sqrt() for row in rows])
 
 
+def ref_angle(t, j, d):
+    return t * 10000 ** (-2 * j / d)
+
+
 def ref_rotate(rows, angle):
-    """Half-split rotation of rows [T, d], one pair of numbers at a time: pair j of row t by angle(t, j)."""
+    """Half-split rotation of rows [T, d], one pair of numbers at a time: pair j of row t by angle(t, j, d)."""
     out, half = rows.clone(), rows.shape[1] // 2
     for t, j in itertools.product(range(len(rows)), range(half)):
-        turned = complex(rows[t, j], rows[t, j + half]) * cmath.exp(1j * angle(t, j))
+        turned = complex(rows[t, j], rows[t, j + half]) * cmath.exp(1j * angle(t, j, 2 * half))
         out[t, j], out[t, j + half] = turned.real, turned.imag
     return out
 
 
-def ref_attention(q, k, v, visible):
-    """Of one head, one query at a time: q, k [T, d], v [T, e]; visible(t): the keys that query t may see."""
-    sees = [list(visible(t)) for t in range(len(q))]
-    return torch.stack([torch.softmax(k[s] @ q[t] / q.shape[1] ** 0.5, 0) @ v[s] for t, s in enumerate(sees)])
+def reference(model, angle=ref_angle, causal=True, head_norm=lambda rows, name: rows):
+    """What all models are made of, in words, for one sample in float64: weights by name, functions of rows [T, D]."""
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    d = model.config.hidden_size // model.config.num_heads
+
+    def linear(rows, name):
+        return rows @ weights[f"{name}.weight"].flatten(1).T + weights.get(f"{name}.bias", 0)
+
+    def attention(rows, at):
+        """Head by head and query by query."""
+        heads = []
+        for q, k, v in zip(*(part.split(d, 1) for part in linear(rows, at + "qkv").chunk(3, 1)), strict=True):
+            q, k = ref_rotate(head_norm(q, at + "q_norm"), angle), ref_rotate(head_norm(k, at + "k_norm"), angle)
+            sees = [slice(t + 1 if causal else None) for t in range(len(rows))]
+            heads.append(torch.stack([torch.softmax(k[s] @ q[t] / d**0.5, 0) @ v[s] for t, s in enumerate(sees)]))
+        return linear(torch.cat(heads, 1), at + "o")
+
+    def swiglu(rows, at, up="gate_up"):
+        gate, up = linear(rows, at + up).chunk(2, 1)
+        return linear(gate * torch.sigmoid(gate) * up, at + "down")
+
+    return weights, linear, attention, swiglu
 
 
 def reference_trm(model, x, z_H, z_L):
-    """The published model in words, one sample, float64: z_H, z_L and the answers after each cycle."""
-    c, weights = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-    d = c.hidden_size // c.num_heads
+    """The published model in words: z_H, z_L and the answers after each cycle."""
+    c = model.config
+    angle = ref_angle if c.pos_encodings == "rope" else lambda *place: 0
+    _, linear, attention, swiglu = reference(model, angle, c.causal)
 
-    def block(h, i):
-        qkv, o, gate_up, down = (weights[f"layers.{i}.{name}.weight"].T for name in ("qkv", "o", "gate_up", "down"))
-        heads = []
-        for q, k, v in zip(*(part.split(d, 1) for part in (h @ qkv).chunk(3, 1)), strict=True):
-            if c.pos_encodings == "rope":
-                q, k = (ref_rotate(rows, lambda t, j: t * 10000 ** (-2 * j / d)) for rows in (q, k))
-            heads.append(ref_attention(q, k, v, lambda t: range(t + 1 if c.causal else len(x))))
-        h = ref_norm(h + torch.cat(heads, 1) @ o, 1e-5)
-        gate, up = (h @ gate_up).chunk(2, 1)
-        return ref_norm(h + (gate * torch.sigmoid(gate) * up) @ down, 1e-5)
+    def net(h):
+        for at in (f"layers.{i}." for i in range(c.L_layers)):
+            h = ref_norm(h + attention(h, at))
+            h = ref_norm(h + swiglu(h, at))
+        return h
 
     answers = []
     for _ in range(c.H_cycles):
         for _ in range(c.L_cycles):
-            z_L = functools.reduce(block, range(c.L_layers), z_L + z_H + x)
-        z_H = functools.reduce(block, range(c.L_layers), z_H + z_L)
-        answers.append(z_H @ weights["lm_head.weight"].T)
+            z_L = net(z_L + z_H + x)
+        z_H = net(z_H + z_L)
+        answers.append(linear(z_H, "lm_head"))
     return z_H, z_L, answers
 
 
@@ -398,29 +579,26 @@ def test_inference_computes_the_final_head_only():
     assert len(calls) == 10
 
 
-def test_sizes_and_initialisation():
-    model = trm(hidden_size=64, num_heads=4)
-    assert model.layers[0].down.weight.shape == (64, 256)  # round(4 * 64 * 2 / 3) = 171, up to a multiple of 256
-    for p in (model.layers[0].qkv.weight, model.layers[1].down.weight, model.lm_head.weight):
-        assert p.std().item() == pytest.approx(p.shape[1] ** -0.5, rel=0.05)
-        assert p.abs().max() <= 2.3 * p.shape[1] ** -0.5
-    assert not model.q_head.weight.any() and model.q_head.bias.item() == -5
-    model, inputs = trm(input_size=6, output_size=4), torch.randn(2, 3, 6)  # another hidden size is projected
+def test_another_hidden_size_than_the_embeddings_is_projected():
+    model, inputs = trm(input_size=6, output_size=4), torch.randn(2, 3, 6)
     assert step(model, {"input_embeddings": inputs})[1]["logits"].shape == (2, 3, 4)
-    with pytest.raises(DataError, match="hidden_size 18, expected a multiple of 2 \\* num_heads = 8"):
-        trm(hidden_size=18, num_heads=4)
     with pytest.raises(DataError, match="pos_encodings 'learned', expected 'rope' or 'none'"):
         trm(pos_encodings="learned")
+
+
+def published(module, path, **changes):
+    """The tensors of a dump by name; the model of its configuration (JSON) and of its weights (`w:` + name)."""
+    raw = np.load(path)
+    dump = {name: torch.tensor(value) for name, value in raw.items() if value.dtype.kind != "U"}
+    weights = {name[2:]: value for name, value in dump.items() if name.startswith("w:")}
+    return dump, module.from_official(json.loads(str(raw["config"])) | changes, weights)
 
 
 @pytest.mark.parametrize("path", dumps("inner.H_init"))
 @pytest.mark.parametrize("causal", [False, True])
 def test_parity_with_the_published_model(causal, path):
-    """The dump: weights (`w:` + name), config as JSON, inputs, and outputs (under `causal:` the causal ones)."""
-    raw = np.load(path)
-    dump = {name: torch.tensor(value) for name, value in raw.items() if value.dtype.kind != "U"}
-    config = json.loads(str(raw["config"])) | {"causal": causal}
-    model = trm_deep.from_official(config, {name[2:]: w for name, w in dump.items() if name.startswith("w:")})
+    """Under `causal:` the dump holds what causal attention makes of the same weights."""
+    dump, model = published(trm_deep, path, causal=causal)
     batch = {name: dump[name] for name in ("input_embeddings", "labels")}
     first, one = step(model, batch, enable_deep_supervision=True)
     second, two = step(model, batch, first)
@@ -454,17 +632,6 @@ def test_published_names_are_renamed_own_ones_stay_and_misfits_are_refused():
 
 
 # ==== trm_deep.py: no leak ===========================================================================================
-
-
-@pytest.mark.parametrize("t", range(6))
-def test_an_input_changes_no_output_before_it(t):
-    model, batch, carry, other = trm(), trm_batch(T=6), None, None
-    changed = {**batch, "input_embeddings": batch["input_embeddings"].index_fill(1, torch.tensor(t), 1.0)}
-    for _ in range(3):  # several supervision steps: the carry must not leak either
-        carry, outputs = step(model, batch, carry)
-        other, others = step(model, changed, other)
-        equal = (outputs["logits"] == others["logits"]).all(-1)
-        assert equal[:, :t].all() and not equal[:, t].any()
 
 
 def train_on_noise(folder, as_dict=False, flags=""):
@@ -503,10 +670,11 @@ WORKED = [  # the document's numbers, and others
 ]
 
 
-def deep_loss(schedule, num_steps=3, function=trm_deep.compute_deep_supervision_loss, **more):
+def deep_loss(schedule, num_steps=3, **more):
     """The loss, the steps' losses, and those by hand, of random predictions."""
     logits, labels = torch.randn(num_steps, 2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3, 4)
-    return *function(list(logits), labels, schedule, 0.5, **more), (logits - labels).square().mean((1, 2, 3))
+    loss, losses = trm_deep.compute_deep_supervision_loss(list(logits), labels, schedule, 0.5, **more)
+    return loss, losses, (logits - labels).square().mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("schedule,base,weights,total", WORKED)
@@ -543,15 +711,6 @@ def test_the_curriculum_moves_the_intermediate_weights_from_its_start_to_its_end
         flags = f"--curriculum_start_step {start} --curriculum_end_step {end} --deep_supervision_weight 1"
         sums = [loss_of(trm(), trm_batch(), flags, at)[1] for at in (0, 2, 4, 9)]
         assert [float(each["supervision_weight"][0]) / 3 for each in sums] == values
-
-
-def test_the_loss_functions_run_when_pasted_elsewhere():
-    scope = {"torch": torch, "F": F}
-    for function in (trm_deep.supervision_weights, trm_deep.compute_deep_supervision_loss):
-        exec(inspect.getsource(function), scope)
-    for schedule in ("constant", "linear_decay", "exponential_decay", "u_shaped", "dynamic", "1,2,3"):
-        pasted = deep_loss(schedule, function=scope["compute_deep_supervision_loss"])
-        assert same(pasted, deep_loss(schedule))
 
 
 def test_the_documents_training_loop_runs_as_written():
@@ -602,10 +761,10 @@ def test_the_documents_training_loop_runs_as_written():
 # ==== trm_deep.py: gradients =========================================================================================
 
 
-def gradients(model, batch, schedule="constant", **amp):
+def gradients(model, batch, schedule="constant", amp=False):
     """The loss, and every trained parameter's gradient of it and of the halting head; schedule None: the plain loss."""
     model.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bool(amp)):
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         outputs = step(model, batch, enable_deep_supervision=schedule is not None)[1]
     logits, labels = outputs["intermediate_logits"], batch["labels"]
     loss, _ = trm_deep.compute_deep_supervision_loss(logits, labels, schedule or "constant", 0.5)
@@ -639,14 +798,6 @@ def test_amp_gives_float32_gradients_to_every_parameter_and_keeps_one_copy_of_ea
 
     kept = saved_bytes(run_once, model, lambda x: x.dtype == torch.bfloat16 and set(x.shape) == {64, 3 * 64})
     assert kept == 2 * (2 * 64 * 3 * 64) and run_once()["logits"].dtype == torch.float32  # qkv of the two layers
-
-
-@pytest.mark.parametrize("amp", [{"amp": True}, {}])
-def test_checkpointing_gives_the_gradient_of_the_full_graph(amp):
-    model, batch = trm(), trm_batch()
-    right = gradients(model, batch, **amp)
-    model.grad_checkpoint = True
-    assert same(gradients(model, batch, **amp), right)
 
 
 @functools.lru_cache
@@ -827,25 +978,16 @@ def test_a_sentence_is_right_when_its_signs_decode_or_its_cosine_is_high():
     assert not trm_deep.is_right(-labels, labels, trm_args())[1].any()
 
 
-def folder_with(folder, chunks):
-    """The folder, with a file for each: bytes, an array or anything; 0.pt stands for train_embeddings_chunk_0.pt."""
-    folder.mkdir(exist_ok=True)
-    for name, value in chunks.items():
-        path = folder / (name if "_" in name else f"train_embeddings_chunk_{name}")
-        with open(path, "wb") as file:
-            if isinstance(value, bytes):
-                file.write(value)
-            elif path.suffix == ".npy":
-                np.save(file, value)
-            else:
-                torch.save(value, file)
-    return folder
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype, capsys):
     x = torch.randn(11, 5, 4).to(dtype)
-    chunks = {"10.pt": x[6:9], "2.pt": x[3:6], "0.pt": x[:3], "val_embeddings_chunk_0.pt": x[9:], "old.pt": 1}
+    chunks = {
+        "10.pt": x[6:9],
+        "2.pt": x[3:6],
+        "0.pt": x[:3],
+        "val_embeddings_chunk_0.pt": x[9:],
+        "train_embeddings_chunk_old.pt": 1,
+    }
     train, val = trm_deep.open_folder(folder_with(tmp_path, chunks))
     assert torch.equal(train["sequence"][np.arange(9)], x[:9].float()) and len(val["sequence"]) == 2
     assert capsys.readouterr().out.count("some train chunks are missing, 3 are numbered 0 to 10") == 1
@@ -918,40 +1060,6 @@ def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
     config = load(tmp_path / "run")["config"]
     assert not config["causal"] and config["halt_position"] == 0 and len(config["normalization"]["labels"][0]) == 4
     assert "zero_loss" in final and "copy_loss" not in final
-
-
-x3 = torch.randn(3, 5, 4)
-BAD_FOLDERS = {
-    "no training sequences, expected two": {"val_embeddings_chunk_0.pt": x3},
-    "no training sequences": {"0.pt": x3[:1]},
-    "chunk_1.pt: samples of shape": {"0.pt": x3, "1.pt": x3[:, :4]},
-    "val_embeddings_chunk_0.pt: samples of shape": {"0.pt": x3, "val_embeddings_chunk_0.pt": x3[..., :2]},
-    "chunk_0.pt: the same chunk as train_embeddings_chunk_0.npy": {"0.pt": x3, "0.npy": x3.numpy()},
-    "chunk_00.pt: the same chunk as train_embeddings_chunk_0.pt": {"0.pt": x3, "00.pt": x3},
-    "torch.int64, 3, 5, 4]}, expected": {"0.pt": x3.long()},
-    "torch.int8, 3, 5, 4]}, expected": {"0.npy": x3.numpy().astype(np.int8)},
-    "torch.float32, 3, 5]}, expected": {"0.pt": x3[..., 0]},
-    "torch.float32, 0, 5, 4]}, expected": {"0.pt": x3[:0]},
-    "torch.float32, 3, 1, 4]}, expected": {"0.pt": x3[:, :1]},
-    "holds {'labels'": {"0.pt": {"labels": x3}},
-    "holds {'sequence': [<class 'list'>]}, expected": {"0.pt": [x3]},
-    "with the same N and T": {"0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
-    "chunk_0.pt: sample 2 is not finite": {"0.pt": torch.cat([x3[:2], x3 / 0])},
-    "a sequence ends in zeros": {"0.pt": torch.cat([x3, x3 * torch.tensor([1.0, 1, 1, 0, 0])[:, None]])},
-    "chunk_0.pt: cannot be read": {"0.pt": Path},  # pickled code: refused by weights_only
-    "chunk_1.pt: cannot be read": {"1.pt": b""},
-    "chunk_2.pt: cannot be read": {"2.pt": pickle.dumps(x3)[:99]},
-    "chunk_4.npy: cannot be read": {"4.npy": b"PK and no zip"},
-}
-
-
-@pytest.mark.parametrize("message", BAD_FOLDERS)
-def test_bad_data_is_one_line_that_names_the_file(tmp_path, message):
-    folder = folder_with(tmp_path / "data", BAD_FOLDERS[message])
-    with pytest.raises(SystemExit) as stop:
-        run("trm_deep", tmp_path / "run", f"--data_folder {folder} --batch_size 2")
-    text = stop.value.code
-    assert text.startswith(f"error: {folder}") and message in text and "expected" in text and "\n" not in text
 
 
 def test_a_trained_model_can_be_given_more_or_fewer_cycles(tmp_path, capsys):
@@ -1032,40 +1140,29 @@ def pictures(B=2, height=12, width=12, seed=1):
     return torch.randn(B, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def reference_vit(model, image, scale=1.0):
-    """The specification for one image, float64, turning by complex numbers: embedding, states, prediction."""
-    c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-    P, d = c.patch_size, c.hidden_size // c.num_heads
-    rows, columns = image.shape[1] // P, image.shape[2] // P
-    f = [2j * math.pi * scale * c.rope_theta ** (-4 * j / d) for j in range(d // 4)]
-    turns = [[1] * (d // 2)]  # of CLS
-    for row, column in itertools.product(range(rows), range(columns)):
-        places = 2 * (row + 0.5) / rows - 1, 2 * (column + 0.5) / columns - 1
-        turns.append([cmath.exp(place * each) for place in places for each in f])
-    turns = torch.tensor(turns, dtype=torch.complex128)[:, None]
+def reference_vit(model, image, scale):
+    """The specification in words, for one image: embedding, states, prediction."""
+    c = model.config
+    rows, columns = (side // c.patch_size for side in image.shape[1:])
+
+    def angle(t, j, d):
+        row, column = divmod(t - 1, columns)
+        place = (2 * (row + 0.5) / rows - 1, 2 * (column + 0.5) / columns - 1)[j // (d // 4)]
+        return (t > 0) * 2 * math.pi * scale * place * c.rope_theta ** (-4 * (j % (d // 4)) / d)  # 0: CLS
 
     def norm(v, name):
-        return F.layer_norm(v, v.shape[-1:], w.get(f"{name}.weight"), w.get(f"{name}.bias"), c.norm_eps)
+        unit = ref_norm(v - v.mean(1, keepdim=True), c.norm_eps)
+        return unit * weights.get(f"{name}.weight", 1) + weights.get(f"{name}.bias", 0)
 
-    def linear(v, name):
-        return v @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    def turned(v, name):  # [T, heads, d]
-        pairs = torch.complex(*(norm(v, name) if c.qk_norm else v).chunk(2, -1)) * turns
-        return torch.cat([pairs.real, pairs.imag], -1)
-
-    patches = F.unfold(image[None].double(), P, stride=P)[0].T @ w["patch.weight"].flatten(1).T + w["patch.bias"]
-    states = [torch.cat([w["cls_token"][0], patches])]
+    head_norm = norm if c.qk_norm else lambda v, name: v
+    weights, linear, attention, swiglu = reference(model, angle, head_norm=head_norm)
+    patches = F.unfold(image[None].double(), c.patch_size, stride=c.patch_size)[0].T
+    states = [torch.cat([weights["cls_token"][0], linear(patches, "patch")])]
     for at in (f"layers.{i}." for i in range(c.num_layers)):
-        h = states[-1]
-        q, k, v = linear(norm(h, at + "norm1"), at + "qkv").view(len(h), 3, c.num_heads, d).unbind(1)
-        scores = torch.einsum("qhd,khd->hqk", turned(q, at + "q_norm"), turned(k, at + "k_norm")) / d**0.5
-        scores[:, torch.ones(len(h), len(h)).triu(1) > 0] = -math.inf
-        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
-        h = h + w[at + "scale1"] * linear(mixed, at + "o")
-        up = linear(norm(h, at + "norm2"), at + "up")
-        inner = F.silu(up.chunk(2, -1)[0]) * up.chunk(2, -1)[1] if c.gated_mlp else F.gelu(up)
-        states.append(h + w[at + "scale2"] * linear(inner, at + "down"))
+        h = states[-1] + weights[at + "scale1"] * attention(norm(states[-1], at + "norm1"), at)
+        inner = norm(h, at + "norm2")
+        more = swiglu(inner, at, "up") if c.gated_mlp else linear(F.gelu(linear(inner, at + "up")), at + "down")
+        states.append(h + weights[at + "scale2"] * more)
     return [*states, norm(states[-1], "norm")]
 
 
@@ -1073,47 +1170,14 @@ def reference_vit(model, image, scale=1.0):
 def test_vit_equals_the_slow_reference(changes):
     model, images = vit(**changes), pictures(width=20)
     for b, scale in enumerate((1.0, 1.7)):
-        output = model(images, scale)
-        mine = [output.embedding, *output.hidden_states, output.prediction]
-        for state, right in zip(mine, reference_vit(model, images[b], scale), strict=True):
-            torch.testing.assert_close(state[b].detach().double(), right, atol=5e-6, rtol=1e-5)
+        embedding, states, prediction = model(images, scale)
+        mine = torch.stack([embedding, *states, prediction])
+        near(mine[:, b], torch.stack(reference_vit(model, images[b], scale)), 1e-5)
 
 
-def test_vit_initialisation():
-    torch.manual_seed(0)
-    model = nepa_deep.Model(nepa_deep.Config(image_size=8, patch_size=4, hidden_size=192, num_layers=2, num_heads=3))
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            assert p.std().item() == pytest.approx(0.02, rel=0.15), name
-        else:
-            assert (p == (0 if name.endswith("bias") else 1e-5 if "scale" in name else 1)).all()
-    assert model.config.mlp_hidden == 768
-
-
-def test_a_config_that_does_not_divide_is_refused():
-    for changes, message in (({"num_heads": 3}, "multiple of 4 .* = 12"), ({"image_size": 13}, "multiple of patch_si")):
-        with pytest.raises(DataError, match=message):
-            vit(**changes)
-
-
-def test_changing_a_patch_changes_no_prediction_before_it():
-    model, images = vit(), pictures(1)
-    before = model(images)
-    for k, (row, column) in enumerate(itertools.product((0, 4, 8), (0, 4, 8)), start=1):  # patch k - 1 is position k
-        changed = images.clone()
-        changed[:, :, row : row + 4, column : column + 4] += 1
-        after = model(changed)
-        for a, b in zip([before.prediction, *before.hidden_states], [after.prediction, *after.hidden_states]):
-            assert torch.equal(a[:, :k], b[:, :k]) and (a[:, k:] != b[:, k:]).any(-1).all()
-
-
-def test_checkpointing_blocks_gives_the_same_gradient():
-    model, gradients = vit(), []
-    for model.grad_checkpoint in (False, True):
-        loss = nepa_deep.intermediate_loss(*model(pictures(), 1.3))[0]
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert all(g.any() for g in gradients[0])
-    torch.testing.assert_close(*gradients)
+def grad_norm(loss, model, **how):
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, **how)
+    return torch.cat([g.flatten() for g in gradients if g is not None]).norm().item()
 
 
 def loss_at(model, images, every_layer):
@@ -1131,8 +1195,7 @@ def test_blank_patches_keep_the_gradient_sane_at_init(layerscale, every_layer):
     ordinary, half, norms = pictures(2, 32, 32), pictures(2, 32, 32), []
     half[:, :, 16:] = 0
     for images in (ordinary, half, torch.zeros_like(half), torch.full_like(half, 128 / 127.5 - 1)):
-        gradients = torch.autograd.grad(loss_at(model, images, every_layer), model.parameters(), allow_unused=True)
-        norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm().item())
+        norms.append(grad_norm(loss_at(model, images, every_layer), model))
     assert max(norms) < 100 * norms[0]  # without the guard: 1e6 and more
     assert torch.equal(model.embed(ordinary)[:, 1:], model.patch(ordinary).flatten(2).transpose(1, 2))
 
@@ -1211,19 +1274,16 @@ def test_a_run_starts_from_published_weights(tmp_path):
 @pytest.mark.parametrize("path", dumps("vit_nepa.layernorm.weight"))
 def test_parity_with_the_published_vit(path):
     """States within 5e-6, losses within 1e-6, gradient norms within 1e-5 of their size."""
-    dump = np.load(path)
-    weights = {name[2:]: dump[name] for name in dump.files if name.startswith("w:")}
-    model = nepa_deep.from_official(json.loads(str(dump["config"])), weights)
-    output = model(torch.tensor(dump["pixel_values"]))
+    dump, model = published(nepa_deep, path)
+    output = model(dump["pixel_values"])
     states = {"input_embedding": output.embedding, "last_hidden_state": output.prediction}
     for name, state in (states | {f"h{i}": h for i, h in enumerate(output.hidden_states, start=1)}).items():
-        torch.testing.assert_close(state.detach(), torch.tensor(dump[name]), atol=5e-6, rtol=0)
+        torch.testing.assert_close(state, dump[name], atol=5e-6, rtol=0)
     total, final, layers = nepa_deep.intermediate_loss(*output)
     losses = {"loss": final.item(), "loss_intermediate": sum(layers).item() / len(layers)}
     assert losses == pytest.approx({name: float(dump[name]) for name in losses}, abs=1e-6)
     for loss, name in ((total, "total"), (final, "loss")):
-        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-        norm = torch.stack([g.double().norm() for g in gradients]).norm().item()
+        norm = grad_norm(loss, model, retain_graph=True)
         assert norm == pytest.approx(float(dump[f"grad_norm_{name}"]), rel=1e-5)
 
 
@@ -1266,14 +1326,6 @@ def test_the_losses_stay_finite_at_zero_and_know_their_range():
         assert loss(x, zero).item() == loss(zero, x).item() == 0
         assert torch.autograd.grad(loss(x, zero), zero)[0].isfinite().all()
         assert [loss(x, 3 * following).item(), loss(x, -following).item()] == pytest.approx([-1, 1])
-
-
-def test_the_nepa_losses_run_when_pasted_elsewhere():
-    output = vit()(pictures())
-    for function, inputs in ((nepa_deep.prediction_loss, output[::2]), (nepa_deep.intermediate_loss, output)):
-        scope = {"torch": torch, "F": F}
-        exec(inspect.getsource(function), scope)
-        assert same(scope[function.__name__](*inputs), function(*inputs))
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -1361,11 +1413,8 @@ def random_images(n, side=8):
 
 
 def arrays(folder, images=(20, 8, 8, 3), labels=None, prefix=""):
-    """Images, or zeros of this shape, and labels, where there are any, as files."""
-    folder.mkdir(exist_ok=True)
-    np.save(folder / f"{prefix}images.npy", np.zeros(images, np.uint8) if isinstance(images, tuple) else images)
-    if labels is not None:
-        np.save(folder / f"{prefix}labels.npy", labels)
+    files = {f"{prefix}images.npy": images, f"{prefix}labels.npy": labels}
+    folder_with(folder, {name: value for name, value in files.items() if value is not None})
 
 
 def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path):
@@ -1427,41 +1476,6 @@ def test_evaluating_on_images_of_another_size_uses_the_models(tmp_path, capsys):
         run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {grey}", tiny=False)
 
 
-BAD_IMAGES = {  # message -> the files, as name and contents or as what arrays() writes
-    "no images, expected images.npy or data_batch_": {},
-    "data_batch_1.bin: 3072 bytes, expected records of 3073": {"data_batch_1.bin": b"\0" * 3072},
-    "data_batch_1.bin: 0 bytes": {"data_batch_1.bin": b""},
-    "9 images, expected 10 or more": {"images": (9, 8, 8, 3)},
-    "images.npy: float64 [20, 8, 8, 3], expected uint8": {"images": np.zeros((20, 8, 8, 3))},
-    "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C] or [N, H, W]": {"images": (20, 8)},
-    "images.npy: uint8 [0, 8, 8, 3], expected": {"images": (0, 8, 8, 3)},
-    "images.npy: uint8 [20, 3, 8, 8], expected [N, H, W, C]: save images.transpose(0, 2, 3, 1)": {
-        "images": (20, 3, 8, 8)
-    },
-    "images.npy: uint8 [20, 1, 28, 28], expected [N, H, W, C]": {"images": (20, 1, 28, 28)},
-    "images.npy: cannot be read": {"images": np.array([None, {}], dtype=object)},
-    "labels.npy: float64 [20], expected integers [20]": {"labels": np.zeros(20)},
-    "labels.npy: int64 [19], expected integers [20]": {"labels": np.zeros(19, np.int64)},
-    "labels.npy: entry 3 is -2, expected classes": {"labels": np.array([0, 1, -1, -2] * 5)},
-    "labels.npy: entry 1 is 10000, expected classes": {"labels": np.array([0, 10_000] * 10)},
-    "image_size 9, expected a multiple of patch_size 8": {"images": (20, 9, 9, 3)},
-}
-
-
-@pytest.mark.parametrize("message", BAD_IMAGES)
-def test_bad_images_are_one_line_that_names_the_file(tmp_path, message):
-    for name, contents in BAD_IMAGES[message].items():
-        if isinstance(contents, bytes):
-            (tmp_path / name).write_bytes(contents)
-        else:
-            arrays(tmp_path, **{name: contents})
-    with pytest.raises(SystemExit) as exit_:
-        run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path}")
-    text = str(exit_.value)
-    assert text.startswith(("error: image_size", f"error: {tmp_path}")) and message in text
-    assert "\n" not in text and not (tmp_path / "run").exists()
-
-
 # ==== nepa_deep.py: crops ============================================================================================
 
 
@@ -1497,18 +1511,22 @@ def test_crop_boxes_follow_the_position_and_the_flags():
     args, few = parsed("nepa_deep", "--crop_scale 0.5 --flip_prob 0.3"), np.array([7, 3])
     boxes = nepa_deep.crop_boxes(np.arange(20_000), 40, 60, args)
     top, left, height, width, flip = boxes.T
-    assert boxes.dtype == np.float32 and min(top.min(), left.min()) >= 0
-    assert (top + height).max() <= 40 + 1e-4 and (left + width).max() <= 60 + 1e-4
+    assert boxes.dtype == np.float32 and boxes.min() >= 0
+    assert (boxes[:, :2] + boxes[:, 2:4] <= [40.0001, 60.0001]).all()
     area, ratio = height * width / 2400, (width / height)[(height < 40) & (width < 60)]
     assert [area.min(), area.max(), area.mean()] == pytest.approx([0.5, 1, 0.75], abs=0.01)
     assert [ratio.min(), ratio.max(), flip.mean()] == pytest.approx([3 / 4, 4 / 3, 0.3], abs=0.02)
-    related = np.corrcoef(np.stack([top / (40.01 - height), left / (60.01 - width), flip]))
+    related = np.corrcoef([top / (40.01 - height), left / (60.01 - width), flip])
     assert related[0, 1:] == pytest.approx(0, abs=0.03)
-    assert np.array_equal(nepa_deep.crop_boxes(few, 40, 60, args), boxes[few])
+
+    def again():
+        return nepa_deep.crop_boxes(few, 40, 60, args)
+
+    assert np.array_equal(again(), boxes[few])
     args.seed = 1
-    assert not np.array_equal(nepa_deep.crop_boxes(few, 40, 60, args), boxes[few])
+    assert not np.array_equal(again(), boxes[few])
     args.crop_scale = 1.0  # no crop at all
-    assert (nepa_deep.crop_boxes(few, 40, 60, args)[:, :4] == [0, 0, 40, 60]).all()
+    assert (again()[:, :4] == [0, 0, 40, 60]).all()
 
 
 # ==== nepa_deep.py: the download =====================================================================================
@@ -1636,7 +1654,7 @@ def test_weights_ruined_by_the_last_update_stop_the_run_in_one_line(tmp_path):
 
 
 def test_evaluation_draws_nothing_and_reads_the_asked_layer(tmp_path, monkeypatch):
-    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON} --out_dir {tmp_path}")
+    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON}")
     data = nepa_deep.make_data(args)
     torch.manual_seed(1)
     model, before = nepa_deep.Model(data["config"]), torch.get_rng_state()
@@ -1651,7 +1669,7 @@ def test_evaluation_draws_nothing_and_reads_the_asked_layer(tmp_path, monkeypatc
 
 
 def test_the_probes_see_uncut_training_images_in_file_order(tmp_path, monkeypatch):
-    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON} --out_dir {tmp_path}")
+    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON}")
     data, seen = nepa_deep.make_data(args), []
     index, model = data["probed"][0][0]["images"].index, nepa_deep.Model(data["config"])
     assert len(set(index)) == 60 and (np.diff(index) > 0).all()
@@ -1817,31 +1835,13 @@ def test_the_language_model_does_not_depend_on_the_number_of_predictors():
 
 
 def test_model_equals_a_slow_reference():
-    """The text of Block and Model, one head at a time, in float64."""
     model, tokens = jepa_model(), [258, 65, 66, 10, 261]
-    w = {name: p.detach().double() for name, p in model.named_parameters()}
-    d, T = 16, len(tokens)
-    angles = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d))
-
-    def norm(x):
-        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-
-    def turned(x):
-        z = torch.complex(*norm(x).split(d // 2, 1)) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([z.real, z.imag], 1)
-
-    h = torch.cat([w["embed.weight"], w["predictors"]])[tokens]
-    for layer in range(2):
-        qkv, o, gate_up, down = (w[f"layers.{layer}.{name}.weight"].T for name in ("qkv", "o", "gate_up", "down"))
-        q, k, v = (part.split(d, 1) for part in (norm(h) @ qkv).split(2 * d, 1))
-        mixed = []
-        for head in (0, 1):
-            weights = (turned(q[head]) @ turned(k[head]).T / d**0.5).exp().tril()
-            mixed.append(weights / weights.sum(1, keepdim=True) @ v[head])
-        h = h + torch.cat(mixed, 1) @ o
-        gate, up = (norm(h) @ gate_up).chunk(2, 1)
-        h = h + gate * torch.sigmoid(gate) * up @ down
-    torch.testing.assert_close(model(torch.tensor([tokens]))[0].double(), norm(h), atol=1e-5, rtol=1e-5)
+    weights, _, attention, swiglu = reference(model, head_norm=lambda rows, name: ref_norm(rows))
+    h = torch.cat([weights["embed.weight"], weights["predictors"]])[tokens]
+    for at in ("layers.0.", "layers.1."):
+        h = h + attention(ref_norm(h), at)
+        h = h + swiglu(ref_norm(h), at)
+    near(model(torch.tensor([tokens]))[0], ref_norm(h), 1e-5)
 
 
 # ==== jepa_lm.py: chats ==============================================================================================
@@ -1899,7 +1899,6 @@ REFUSED = {
     "--eval_file x": "--eval_file needs --train_file",
     "--prompt hi": "--prompt, and --system before it, need --eval_only",
     "--system hi": "--prompt, and --system before it, need --eval_only",
-    "--hidden_size 30": "hidden_size is 30, expected a multiple of 2 * num_heads = 4",
     "--train_file /none": "No such file or directory: '/none'",
 }
 
@@ -1983,32 +1982,28 @@ def test_the_world_is_what_it_says():
 
 def test_jepa_losses_are_the_formulas():
     p, t = torch.randn(2, 5, 8, dtype=torch.float64)
-    p_unit, t_unit = (x / x.square().sum(1, keepdim=True).sqrt() for x in (p, t))
-    cos, off = p_unit @ t_unit.T, (p - t).square()
+    cos, targets = (F.cosine_similarity(x[:, None], t, dim=-1) for x in (p, t))
     twins = torch.tensor([0, 1, 0, 2, 3])  # the first and third target are the same text: no negatives of each other
-    own, other = torch.eye(5, dtype=torch.bool), twins[:, None] != twins
+    own, other = torch.eye(5) > 0, twins[:, None] != twins
 
     def infonce(meant):
         likely = (cos / 0.07).exp()
-        return -(likely.diagonal() / (likely * meant).sum(1)).log().mean()
+        return -(likely.diagonal() / (likely * meant).sum(1)).log()
 
-    right = {"cosine": 1 - cos.trace() / 5, "mse": off.mean(), "l2": off.sum(1).sqrt().mean(), "infonce": infonce(1)}
-    scope = {"torch": torch, "F": F}
-    exec(inspect.getsource(jepa_lm.jepa_loss), scope)
-    for kind, value in right.items():
-        assert jepa_lm.jepa_loss(p, t, kind).item() == pytest.approx(value.item(), rel=1e-5), kind
+    right = {"cosine": 1 - cos.diagonal(), "mse": (p - t) ** 2, "l2": (p - t).norm(dim=1), "infonce": infonce(1)}
+    for kind, values in right.items():
+        near(jepa_lm.jepa_loss(p, t, kind), values.mean(), 1e-5)
         assert jepa_lm.jepa_loss(p[:0], t[:0], kind).item() == 0
-        assert scope["jepa_loss"](p, t, kind) == jepa_lm.jepa_loss(p, t, kind)
         for zero in ((0, 1), (1, 0), (0, 0)):  # the gradient stays bounded
             views = torch.stack([p * zero[0], t * zero[1]]).requires_grad_()
             jepa_lm.jepa_loss(*views, kind).backward()
             assert views.grad.norm() < 1e5, kind
-    assert jepa_lm.jepa_loss(p, t, "infonce", twins).item() == pytest.approx(infonce(own | other).item(), rel=1e-5)
+    near(jepa_lm.jepa_loss(p, t, "infonce", twins), infonce(own | other).mean(), 1e-5)
     with pytest.raises(ValueError, match="unknown loss 'cos', expected cosine, mse, l2 or infonce"):
         jepa_lm.jepa_loss(p, t, "cos")
-    right = {"cos_paired": (cos, own), "cos_unpaired": (cos, other), "cos_targets": (t_unit @ t_unit.T, other)}
+    right = {"cos_paired": (cos, own), "cos_unpaired": (cos, other), "cos_targets": (targets, other)}
     for name, (values, meant) in jepa_lm.cosines(p, t, twins).items():
-        torch.testing.assert_close(values, right[name][0].float(), atol=1e-6, rtol=0)
+        near(values, right[name][0], 1e-6)
         assert torch.equal(meant, right[name][1])
 
 
@@ -2022,9 +2017,6 @@ def test_sigreg_is_the_epps_pulley_test_along_each_direction():
         right.append(6 * np.trapezoid(off, points))
     assert jepa_lm.sigreg(views, directions).item() == pytest.approx(sum(right) / 5, rel=1e-5)
     assert jepa_lm.sigreg(torch.randn(4000, 8), directions) < 2 < 1000 < jepa_lm.sigreg(torch.ones(4000, 8), directions)
-    scope = {"torch": torch, "F": F}
-    exec(inspect.getsource(jepa_lm.sigreg), scope)
-    assert scope["sigreg"](views, directions) == jepa_lm.sigreg(views, directions)
 
 
 def test_sigreg_drives_collapsed_views_apart():
@@ -2165,11 +2157,9 @@ def test_the_losses_are_means_over_the_tokens_and_pairs_of_the_whole_update(lbd,
     model = jepa_lm.Model(jepa_lm.Config(**load(tmp_path / "run")["config"]))
     args = parsed("jepa_lm", flags)
     llm, jepa, pairs, answers = naive_losses(model, chats, args)
-    (llm + lbd * jepa).backward()
-    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert lines[1]["llm_loss"] == pytest.approx(llm.item(), rel=1e-5)
     assert lines[1]["loss"] == pytest.approx((llm + lbd * jepa).item(), rel=1e-5)
-    assert lines[1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert lines[1]["grad_norm"] == pytest.approx(grad_norm(llm + lbd * jepa, model), rel=1e-4)
     assert lines[0]["llm_loss"] == pytest.approx(naive_losses(model, OTHERS, args)[0].item(), rel=1e-5)  # validation
     assert lines[1]["valid_tokens"] == answers / 4 and lines[1]["pairs"] == (pairs / 4 if lbd else 0)
 
