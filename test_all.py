@@ -445,7 +445,6 @@ BAD_IMAGES = {
     "no images, expected images.npy or data_batch_": {},
     "data_batch_1.bin: 3072 bytes, expected records of 3073": {"data_batch_1.bin": b"\0" * 3072},
     "data_batch_1.bin: 0 bytes": {"data_batch_1.bin": b""},
-    "9 images, expected 10 or more": {"images.npy": (9, 8, 8, 3)},
     "images.npy: float64 [20, 8, 8, 3], expected uint8": {"images.npy": np.zeros((20, 8, 8, 3))},
     "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C] or [N, H, W]": {"images.npy": (20, 8)},
     "images.npy: uint8 [0, 8, 8, 3], expected": {"images.npy": (0, 8, 8, 3)},
@@ -454,8 +453,6 @@ BAD_IMAGES = {
     "images.npy: cannot be read": {"images.npy": np.array([None, {}], dtype=object)},
     "labels.npy: float64 [20], expected integers [20]": {"labels.npy": np.zeros(20)},
     "labels.npy: int64 [19], expected integers [20]": {"labels.npy": np.zeros(19, np.int64)},
-    "labels.npy: entry 3 is -2, expected classes": {"labels.npy": np.array([0, 1, -1, -2] * 5)},
-    "labels.npy: entry 1 is 10000, expected classes": {"labels.npy": np.array([0, 10_000] * 10)},
     "image_size 9, expected a multiple of patch_size 8": {"images.npy": (20, 9, 9, 3)},
 }
 BAD = [("--data_folder", *each) for each in BAD_CHUNKS.items()] + [("--data_dir", *each) for each in BAD_IMAGES.items()]
@@ -1464,16 +1461,13 @@ def test_only_labelled_images_are_probed(tmp_path):
 
 
 def test_evaluating_on_images_of_another_size_uses_the_models(tmp_path, capsys):
-    small, large, grey = (tmp_path / name for name in ("small", "large", "grey"))
+    small, large = tmp_path / "small", tmp_path / "large"
     arrays(small, random_images(40), np.arange(40) % 2)
     arrays(large, random_images(40, side=18), np.arange(40) % 2)
-    arrays(grey, random_images(40)[..., 0])
     run("nepa_deep", tmp_path / "run", f"--data_dir {small}")
     capsys.readouterr()
     run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {large}", tiny=False)
     assert "this model" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=f"^error: {grey}: images of 1 channels, expected 3"):
-        run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {grey}", tiny=False)
 
 
 # ==== nepa_deep.py: crops ============================================================================================

@@ -1361,8 +1361,8 @@ def launch():
         say(rank() == 0 and data["predict"](model))
     else:
         metrics = evaluate(model, data, args)
-        if rank() == 0:
-            say(data["report"](metrics | data["baselines"]()))
+        say(data["describe"](metrics))
+        say(rank() == 0 and data["report"](metrics | data["baselines"]()))
     return 0
 
 
