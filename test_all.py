@@ -356,22 +356,23 @@ def test_checkpointing_gives_the_same_gradient_and_keeps_less(script, amp):
     assert same(*gradients) and kept[1] < kept[0]
 
 
-# Names of parameters: mean, s and e of the standard deviation s * fan-in ** e. The first that fits counts.
-INITIAL = {
-    "nepa_deep": {"bias": (0, 0, 0), "scale": (1e-5, 0, 0), "norm": (1, 0, 0), "": (0, 0.02, 0)},
-    "trm_deep": {"q_head.weight": (0, 0, 0), "bias": (-5, 0, 0), "init": (0, 1, 0), "": (0, 1, -0.5)},
-    "jepa_lm": {"embed|predictors": (0, 0.05, 0), "o.w|down": (0, 8**-0.5, -0.5), "": (0, 1, -0.5)},
-}
+# Columns of the last matrix of a layer, the divisor of hidden_size / num_heads, and by the first name that fits: mean,
+# s and e of the standard deviation s * fan-in ** e.
+INITIAL = [
+    ("nepa_deep", 640, 4, {"bias": (0, 0, 0), "scale": (1e-5, 0, 0), "norm": (1, 0, 0), "": (0, 0.02, 0)}),
+    ("trm_deep", 512, 2, {"q_head.weight": (0, 0, 0), "bias": (-5, 0, 0), "init": (0, 1, 0), "": (0, 1, -0.5)}),
+    ("jepa_lm", 448, 2, {"embed|predictors": (0, 0.05, 0), "o.w|down": (0, 8**-0.5, -0.5), "": (0, 1, -0.5)}),
+]
 
 
-@pytest.mark.parametrize("script,inner,heads", [("nepa_deep", 640, 4), ("trm_deep", 512, 2), ("jepa_lm", 448, 2)])
-def test_sizes_and_initialisation(script, inner, heads):
+@pytest.mark.parametrize("script,inner,heads,rules", INITIAL)
+def test_sizes_and_initialisation(script, inner, heads, rules):
     config = SCRIPTS[script].Config
     torch.manual_seed(0)
     model = SCRIPTS[script].Model(config(hidden_size=160, num_heads=4))
     assert model.layers[0].down.weight.shape == (160, inner)
     for name, p in model.named_parameters():
-        mean, factor, exponent = next(rule for part, rule in INITIAL[script].items() if re.search(part, name))
+        mean, factor, exponent = next(rules[part] for part in rules if re.search(part, name))
         std = factor * p.shape[-1] ** exponent
         assert [p.mean().item(), p.std(correction=0).item()] == pytest.approx([mean, std], rel=0.1, abs=0.2 * std), name
         assert script != "trm_deep" or (p - mean).abs().max() <= 2.3 * std  # cut
@@ -1303,14 +1304,14 @@ def test_every_layer_but_the_last_counts_in_the_intermediate_loss():
     final = reference_loss(output.embedding, output.prediction)
     expected = final + 0.7 * (layers[0] + layers[1]) / 2
     loss, loss_final, values = nepa_deep.intermediate_loss(*output, weight=0.7)
-    assert [v.item() for v in values] == pytest.approx([v.item() for v in layers], abs=1e-6)
+    near(torch.stack(values), torch.stack(layers), 1e-6)
     alone = nepa_deep.prediction_loss(output.embedding, output.prediction)
     for mine, right in ((loss, expected), (loss_final, final), (alone, final)):
-        assert mine.item() == pytest.approx(right.item(), abs=1e-6)
+        near(mine, right, 1e-6)
         # The same gradient too: it sees whether the target is detached and whether a layer counts that should not.
         more = {"inputs": list(model.parameters()), "retain_graph": True, "allow_unused": True}
         for a, b in zip(torch.autograd.grad(mine, **more), torch.autograd.grad(right, **more)):
-            torch.testing.assert_close(a, b.float(), atol=1e-6, rtol=1e-4)
+            near(a, b, 1e-5)
     for states in ([], output.hidden_states[:1]):  # none before the last
         loss, loss_final, values = nepa_deep.intermediate_loss(output.embedding, states, output.prediction)
         assert loss is loss_final and values == []
@@ -1366,10 +1367,9 @@ def test_the_built_in_textures():
     train, val = nepa_deep.make_world(0)
     images, labels = train["images"], train["labels"]
     assert images.shape == (8000, 32, 32, 3) and len(val["images"]) == 2000 and images.dtype == np.uint8
-    assert (np.bincount(np.concatenate([labels, val["labels"]])) == 1000).all()
-    patches = images.reshape(-1, 8, 4, 8, 4, 3)
-    assert (patches.min((2, 4, 5)) < patches.max((2, 4, 5))).all()  # none is constant
-    assert ((images == 0) | (images == 255)).mean() < 0.05
+    assert (np.bincount([*labels, *val["labels"]]) == 1000).all()
+    assert np.ptp(images.reshape(-1, 8, 4, 8, 4, 3), (2, 4, 5)).all()  # no patch is constant
+    assert np.isin(images, (0, 255)).mean() < 0.05
     assert not np.array_equal(nepa_deep.make_world(1)[0]["images"], images)
     # A label means an orientation and a period: most of the spectrum lies near that wave.
     wave = np.fft.fftfreq(32)[:, None] * 1j + np.fft.fftfreq(32)
@@ -1630,11 +1630,12 @@ def test_collapse_metrics_are_their_definitions():
     vectors = torch.randn(5, 11, 6) * torch.tensor([3, 2, 1, 1, 0.1, 0.1]) + 0.5
     found = nepa_deep.collapse(nepa_deep.second_moment(vectors))
     units = F.normalize(vectors[:, 1:].double().flatten(0, 1), dim=1)  # without CLS
-    cosines = [(a @ b).item() for a, b in itertools.permutations(units, 2)]
-    p = np.linalg.svd(units.numpy(), compute_uv=False)
-    p = p / p.sum()
-    right = {"embed_cos": np.mean(cosines), "effective_rank": np.exp(-(p * np.log(p)).sum())}
-    assert found == pytest.approx(right | {"constant_loss": -units.mean(0).norm().item()}, rel=1e-5)
+    cosines = [a @ b for a, b in itertools.permutations(units, 2)]
+    p = torch.linalg.svdvals(units)
+    p /= p.sum()
+    right = {"embed_cos": sum(cosines) / len(cosines), "effective_rank": (-(p * p.log()).sum()).exp()}
+    right["constant_loss"] = -units.mean(0).norm()
+    assert found == pytest.approx({name: value.item() for name, value in right.items()}, rel=1e-5)
     one = torch.randn(512).expand(4, 65, 512) + 1e-6 * torch.randn(4, 65, 512)  # one direction, in many dimensions
     collapsed = nepa_deep.collapse(nepa_deep.second_moment(one))
     assert [collapsed["effective_rank"], collapsed["embed_cos"]] == pytest.approx([1, 1], abs=0.01)
@@ -1788,7 +1789,7 @@ def test_packed_losses_and_gradients_equal_separate_passes(flags, tmp_path):
     assert sums["valid_tokens"] == (answers, 4)
     for name, value in {"llm_loss": llm, "jepa_loss": jepa, "loss": llm + 0.5 * jepa}.items():
         total, count = sums[name]
-        assert total.item() / count == pytest.approx(value.item(), rel=1e-5), name
+        near(total / count, value, 1e-5)
     for name, p in model.named_parameters():
         if p.numel():  # predictors that do not stand in any row have no gradient
             assert (p.grad - right.get(name, 0)).norm() <= 1e-5 * right.get(name, p.grad).norm(), name
@@ -2043,10 +2044,9 @@ def test_sigreg_weighs_predictions_and_targets_beside_the_distance(tmp_path, mon
 
     monkeypatch.setattr(jepa_lm, "sigreg", spy)
     loss, sums, _ = jepa_lm.compute_loss(model, batch, None, args)
-    part = {name: (value / count).item() for name, (value, count) in sums.items() if "loss" in name}
-    total = part["llm_loss"] + 0.7 * (part["jepa_loss"] + 0.3 * part["sigreg_loss"])
-    assert loss.item() == pytest.approx(total, rel=1e-5)
-    assert part["sigreg_loss"] == pytest.approx(real(views, batch["directions"]).item(), rel=1e-3)
+    llm, distance, spread = (sums[name][0] / sums[name][1] for name in ("llm_loss", "jepa_loss", "sigreg_loss"))
+    near(loss, llm + 0.7 * (distance + 0.3 * spread), 1e-5)
+    near(spread, real(views, batch["directions"]), 1e-3)
     drawn, same_update, next_update = (collated(*place)["directions"] for place in ((0, 0), (0, 1), (1, 0)))
     assert drawn.equal(same_update) and not drawn.equal(next_update)  # anew for each update, one for all its parts
     near(drawn.norm(dim=0), torch.ones(256), 1e-5)
@@ -2060,7 +2060,7 @@ def test_identical_steps_are_no_negatives_and_not_unpaired(tmp_path):
     p, t = packed_states(model, batch).flatten(0, 1)[batch["ends"]].unbind(1)
     assert batch["text"].tolist() == [0, 0, 1]
     right = jepa_lm.jepa_loss(p, t, "infonce", batch["text"])
-    assert sums["jepa_loss"][0].item() / 3 == pytest.approx(right.item(), rel=1e-4)
+    near(sums["jepa_loss"][0] / 3, right)
     assert sums["cos_unpaired"][1] == 4
 
 
