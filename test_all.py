@@ -925,7 +925,7 @@ def test_the_halting_head_of_a_causal_run_reads_the_last_position_and_shapes_not
 
 
 def test_evaluation_may_take_each_rows_answer_at_the_first_step_where_q_is_positive(tmp_path, capsys):
-    model, batch = trm(halt_max_steps=4).eval(), trm_batch(B=12)
+    model, batch = trm(halt_max_steps=4).eval(), trm_batch(B=99)
     torch.nn.init.normal_(model.q_head.weight)
     torch.nn.init.zeros_(model.q_head.bias)
     outputs = trm_deep.answer(model, batch, diagnose=True, halt=True)
@@ -937,7 +937,7 @@ def test_evaluation_may_take_each_rows_answer_at_the_first_step_where_q_is_posit
     q[-1] = 1.0  # at the latest
     first = (q > 0).int().argmax(0)
     assert outputs["halted_steps"].tolist() == (first + 1).tolist() and len(first.unique()) > 2
-    near(outputs["halted_logits"], logits[first, range(12)])
+    near(outputs["halted_logits"], logits[first, range(99)])
     near(trm_deep.answer(model, batch, halt=True)["halted_logits"], outputs["halted_logits"])
     near(trm_deep.answer(model, batch)["halted_logits"], outputs["logits"])
     last = run("trm_deep", tmp_path, "--eval_halt")[-1]
@@ -1026,7 +1026,7 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
         return curve, torch.tensor(np.load(folder / "out.npy")), trm_deep.Config(**load(folder / "run")["config"])
 
     curve, rolled, _ = train("1", x)
-    assert curve[-2] < 0.2 and curve[-1].item() == pytest.approx(1.0, abs=0.05)
+    assert curve[-2] < 0.2 and abs(curve[-1] - 1) < 0.05
     assert F.mse_loss(rolled[:, 0], x[:5, 4]) < 0.2  # in their own units
     again, mine, config = train("0.006", 0.006 * x)
     near(again, curve, 1e-2)
@@ -1597,9 +1597,11 @@ def test_the_ridge_probe_has_the_penalty_that_predicts_left_out_samples_best(noi
         weights = np.linalg.solve(a.T @ a + penalty * largest * np.eye(x.shape[1]), a.T @ targets)
         return ((v - x[rows].mean(0)) @ weights + targets.mean(0)).argmax(1)
 
-    right, each = {}, range(50)
-    for penalty in 10.0 ** np.arange(1, -7, -1):
-        right[penalty] = sum(predictions(np.delete(each, i), x[[i]], penalty)[0] == y[i] for i in each)
+    each = range(50)
+    right = {
+        penalty: sum(predictions(np.delete(each, i), x[[i]], penalty)[0] == y[i] for i in each)
+        for penalty in 10.0 ** np.arange(1, -7, -1)
+    }
     best = max(right, key=right.get)
     assert found == pytest.approx(np.mean(predictions(each, test_x, best) == test_y.numpy())) and found > 0.4
     assert len(set(right.values())) > 1
@@ -1608,7 +1610,7 @@ def test_the_ridge_probe_has_the_penalty_that_predicts_left_out_samples_best(noi
 def test_knn_votes_by_the_cosine_of_whitened_features():
     (x, y), (test_x, test_y) = clusters(300), clusters(80, seed=1)
     found = nepa_deep.probe([(x, y)], [(test_x, test_y)])["knn_acc"]
-    near, far = (v.double().numpy() - x.double().mean(0).numpy() for v in (x, test_x))
+    near, far = ((v - x.mean(0)).double().numpy() for v in (x, test_x))
     _, values, axes = np.linalg.svd(near, full_matrices=False)
     near, far = near @ axes.T / values, far @ axes.T / values
     nearest = np.argsort(-far @ near.T / np.linalg.norm(near, axis=1))[:, :20]
@@ -1967,8 +1969,7 @@ def test_the_world_is_what_it_says():
         assert steps == list(found.group(7, 8, 9)) and 60 <= len(sample.tokens) + 5 <= 80
         problems.add(found.group(2, 4, 5, 6))
     assert len(problems) == 3000 + 2505
-    other, _ = jepa_lm.make_world(1, False)
-    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(train[:9], other[:9], strict=True))
+    assert jepa_lm.make_world(1, False)[0][0].tokens.tolist() != train[0].tokens.tolist()
 
 
 # ==== jepa_lm.py: the losses =========================================================================================
@@ -2004,12 +2005,10 @@ def test_jepa_losses_are_the_formulas():
 def test_sigreg_is_the_epps_pulley_test_along_each_direction():
     views = torch.randn(6, 8, dtype=torch.float64)
     directions = F.normalize(torch.randn(8, 5), dim=0)
-    points, right = np.linspace(-3, 3, 33), []
-    gauss = np.exp(-(points**2) / 2)
-    for along in (views.numpy() @ directions.double().numpy()).T:
-        off = np.abs(np.exp(1j * points[:, None] * along).mean(1) - gauss) ** 2 * gauss
-        right.append(6 * np.trapezoid(off, points))
-    assert jepa_lm.sigreg(views, directions).item() == pytest.approx(sum(right) / 5, rel=1e-5)
+    points = torch.linspace(-3, 3, 33).double()
+    gauss = (-(points**2) / 2).exp()
+    phi = (1j * points * (views @ directions.double())[..., None]).exp().mean(0)  # [5, 33]
+    near(jepa_lm.sigreg(views, directions), 6 * torch.trapezoid((phi - gauss).abs() ** 2 * gauss, points).mean(), 1e-5)
     assert jepa_lm.sigreg(torch.randn(4000, 8), directions) < 2 < 1000 < jepa_lm.sigreg(torch.ones(4000, 8), directions)
 
 
