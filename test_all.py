@@ -499,7 +499,7 @@ def near(mine, right, tolerance=1e-4):
 
 def ref_norm(rows, eps=1e-5):
     """Each row [D] over its root mean square."""
-    return torch.stack([row / (row.pow(2).mean() + eps).sqrt() for row in rows])
+    return rows / (rows.pow(2).mean(1, keepdim=True) + eps).sqrt()
 
 
 def ref_angle(t, j, d):
@@ -1644,9 +1644,8 @@ def test_collapse_metrics_are_their_definitions():
 
 
 def test_weights_ruined_by_the_last_update_stop_the_run_in_one_line(tmp_path):
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match=r"^error: step [^\n]*\Z"):
         run("nepa_deep", tmp_path, "--lr 1e30 --grad_clip 0 --ema_decay 0 --eval_interval 1 --warmup_steps 0")
-    assert str(exit_.value).startswith("error: step ") and "\n" not in str(exit_.value)
 
 
 def test_evaluation_draws_nothing_and_reads_the_asked_layer(tmp_path, monkeypatch):
@@ -2018,8 +2017,8 @@ def test_sigreg_drives_collapsed_views_apart():
     optimizer = torch.optim.Adam([views], lr=0.05)
 
     def cosine():
-        other, _ = jepa_lm.cosines(views, views, torch.arange(32))["cos_unpaired"]
-        return (other.sum() - 32).item() / (32 * 31)
+        cosines, meant = jepa_lm.cosines(views, views, torch.arange(32))["cos_unpaired"]
+        return cosines[meant].mean()
 
     assert cosine() > 0.95
     for _ in range(100):
