@@ -380,24 +380,20 @@ def test_sizes_and_initialisation(script, inner, heads, rules):
         config(hidden_size=18, num_heads=4)
 
 
-x, y, z = torch.randn(3, 2, 4, 8)
-PASTED = [
-    (nepa_deep.prediction_loss, x, y),
-    (nepa_deep.intermediate_loss, x, [y, z], z),
-    (trm_deep.supervision_weights, 3, "constant", 0.5),
-    (jepa_lm.sigreg, x[0], y[0].T),
-    (jepa_lm.cosines, x[0], y[0], torch.arange(4)),
-    *[(jepa_lm.jepa_loss, x[0], y[0], kind) for kind in ("cosine", "mse", "l2", "infonce")],
-]
-PASTED += [
-    (trm_deep.compute_deep_supervision_loss, [x, y, z], x, schedule, 0.5)
-    for schedule in ("constant", "linear_decay", "exponential_decay", "u_shaped", "dynamic", "1,2,3")
-]
-
-
 def test_the_losses_run_when_pasted_elsewhere():
+    x, y, z = torch.randn(3, 2, 4, 8)
+    calls = [
+        (nepa_deep.prediction_loss, x, y),
+        (nepa_deep.intermediate_loss, x, [y, z], z),
+        (trm_deep.supervision_weights, 3, "constant", 0.5),
+        (jepa_lm.sigreg, x[0], y[0].T),
+        (jepa_lm.cosines, x[0], y[0], torch.arange(4)),
+    ]
+    for schedule in ("constant", "linear_decay", "exponential_decay", "u_shaped", "dynamic", "1,2,3"):
+        calls.append((trm_deep.compute_deep_supervision_loss, [x, y, z], x, schedule, 0.5))
+    calls += [(jepa_lm.jepa_loss, x[0], y[0], kind) for kind in ("cosine", "mse", "l2", "infonce")]
     scope = {"torch": torch, "F": F}
-    for function, *inputs in PASTED:
+    for function, *inputs in calls:
         exec(inspect.getsource(function), scope)
         assert same(scope[function.__name__](*inputs), function(*inputs))
 
@@ -1109,9 +1105,12 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, capsy
     assert "read up to 13 at once, trained on 12" in capsys.readouterr().out
 
     floats = "finite floats \\[T, 96\\] or"
-    bad = {"zip": (b"PK and no zip", "cannot be read"), "complex": (prefix * 1j, floats)}
-    bad |= {"narrow": (prefix[..., :5], floats), "nan": (prefix * np.nan, floats)}
-    for name, (content, message) in bad.items():
+    for name, content, message in (
+        ("zip", b"PK and no zip", "cannot be read"),
+        ("complex", prefix * 1j, floats),
+        ("narrow", prefix[..., :5], floats),
+        ("nan", prefix * np.nan, floats),
+    ):
         with pytest.raises(SystemExit, match=f"{name}_in.npy: .*{message}"):
             predict(name, content)
     with pytest.raises(SystemExit, match="whole_out.npy: exists already"):
