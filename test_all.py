@@ -374,7 +374,8 @@ def test_sizes_and_initialisation(script, inner, heads, rules):
     for name, p in model.named_parameters():
         mean, factor, exponent = next(rules[part] for part in rules if re.search(part, name))
         std = factor * p.shape[-1] ** exponent
-        assert [p.mean().item(), p.std(correction=0).item()] == pytest.approx([mean, std], rel=0.1, abs=0.2 * std), name
+        mine, chance = [p.mean().item(), p.std(correction=0).item()], std * p.numel() ** -0.5
+        assert mine == pytest.approx([mean, std], rel=1e-6, abs=4 * chance), name
         assert script != "trm_deep" or (p - mean).abs().max() <= 2.3 * std  # cut
     with pytest.raises(DataError, match=f"18, expected a multiple of {heads} .* = {4 * heads}"):
         config(hidden_size=18, num_heads=4)
