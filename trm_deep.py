@@ -1125,7 +1125,10 @@ class Run:
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay else None
         self.optimizer = make_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.dtype == "float16")
-        self.net = torch.compile(self.model) if args.compile == "on" else self.model
+        self.net = self.model
+        if args.compile == "on":
+            torch._dynamo.config.optimize_ddp = not args.grad_checkpoint  # torch 2.6 fails where it cuts checkpoints
+            self.net = torch.compile(self.model)
         if dist.is_initialized():
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
