@@ -7,6 +7,7 @@ asserted; the benchmark prints them.
 
 import argparse
 import cmath
+import contextlib
 import copy
 import datetime
 import functools
@@ -3037,7 +3038,8 @@ class Update:
     def __init__(self, script, flags, load=False):
         """load: make every batch anew in the background, as training does; otherwise use the first one again."""
         self.script, self.args, self.load = SCRIPTS[script], parsed(script, flags), load
-        data = self.script.make_data(self.args)
+        with contextlib.redirect_stdout(None):  # what it says of the chats belongs to no table
+            data = self.script.make_data(self.args)
         self.model = self.script.Model(data["config"]).to(self.args.device)
         self.model.grad_checkpoint = self.args.grad_checkpoint
         self.net = torch.compile(self.model) if self.args.compile == "on" else self.model
