@@ -575,8 +575,7 @@ def compute_loss(model, batch, carry, args):
 
 def features(output, args):
     """What the probes see, [B, D] float32 on the CPU: the mean over patches of the output, or of --probe_layer."""
-    layer = args.probe_layer
-    states = output.prediction if layer < 0 else [output.embedding, *output.hidden_states][layer]
+    states = [output.embedding, *output.hidden_states, output.prediction][args.probe_layer]  # -1: the last of these
     return states[:, 1:].float().mean(1).cpu()
 
 
