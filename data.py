@@ -92,11 +92,12 @@ class Subset:
 class Concat:
     """The tensors of several files seen as one: len() and indexing with int64 arrays.
 
-    Indexing gives float32, or integers as they are, and raises DataError for a number that is not finite.
+    Indexing gives float32. Raises DataError for a number that is not finite and, where padded is False, for a sample
+    [T, ...] that ends in zeros.
     """
 
-    def __init__(self, tensors, files):
-        self.tensors, self.files = tensors, files
+    def __init__(self, tensors, files, padded=True):
+        self.tensors, self.files, self.padded = tensors, files, padded
         self.ends = np.cumsum([len(tensor) for tensor in tensors])
 
     def __len__(self):
@@ -105,16 +106,17 @@ class Concat:
     def __getitem__(self, index):
         which = np.searchsorted(self.ends, index, side="right")
         row = index - np.concatenate([[0], self.ends])[which]
-        first = self.tensors[0]
-        dtype = torch.float32 if first.is_floating_point() else first.dtype
-        picked = torch.empty(len(index), *first.shape[1:], dtype=dtype)
+        picked = torch.empty(len(index), *self.tensors[0].shape[1:])
         for i in np.unique(which):
             here = np.flatnonzero(which == i)
-            picked[here] = self.tensors[i][row[here]].to(dtype)
-        finite = torch.isfinite(picked).flatten(1).all(1)
-        if not finite.all():
-            bad = int(finite.int().argmin())
-            raise DataError(f"{self.files[which[bad]]}: sample {row[bad]} is not finite, expected numbers")
+            picked[here] = self.tensors[i][row[here]].float()
+        bad = ~torch.isfinite(picked).flatten(1).all(1)
+        if not self.padded:
+            bad |= (picked[:, -1] == 0).all(-1)
+        if bad.any():
+            at = int(bad.int().argmax())
+            what = "is not finite or ends in zeros, expected numbers, cut to windows of equal length"
+            raise DataError(f"{self.files[which[at]]}: sample {row[at]} {what}")
         return picked
 
 

@@ -757,8 +757,7 @@ def add_method_args(parser):
 #   add_method_args(parser) -> see there
 #   make_data(args, config) -> dict. config: the checkpoint's Config, None in a new run. Keys: train, val (datasets as
 #     data.py wants them), collate, config, describe(metrics) -> text of a log line, report(metrics) -> text at the end,
-#     baselines() -> metrics of the final line; where it applies, sizes (numbers in which the data of a resumed run must
-#     agree) and predict(model) -> text (done instead of an evaluation)
+#     baselines() -> metrics of the final line; where it applies, predict(model) -> text (instead of an evaluation)
 #   compute_loss(model, batch, carry, args) -> loss, sums, carry. The batch holds step and share (see train); it may
 #     hold counts. carry: None, or what each row takes along: tensors [B, ...], among them `drawn` (how many samples the
 #     row has taken before) and `halted` (whether it needs another one)
@@ -772,7 +771,7 @@ SCRIPT = Path(__file__).stem
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))  # torchrun sets it
+    return int(os.environ.get("RANK", 0)) % world_size()  # torchrun sets both; a lone RANK of a cluster says nothing
 
 
 def world_size():
@@ -865,6 +864,7 @@ def receive(number, _):
 @contextlib.contextmanager
 def catch_signals():
     before = {}
+    RECEIVED.clear()  # of an earlier run in this process
     with contextlib.suppress(ValueError, AttributeError):  # a thread may set no handlers, Windows has but two of these
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name)
@@ -1121,7 +1121,7 @@ class Run:
     def __init__(self, args, data, checkpoint):
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * world_size()  # samples of an update
-        self.sizes = {"--batch_size * --grad_accum * processes": self.num_rows, **data.get("sizes", {})}
+        self.sizes = {"--batch_size * --grad_accum * processes": self.num_rows}
         self.sizes |= {f"{split} data": fingerprint(data[split], data["collate"]) for split in ("train", "val")}
 
         torch.manual_seed(args.seed)

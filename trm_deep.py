@@ -410,7 +410,9 @@ def open_folder(folder):
             first = first or shapes
             if shapes != first:
                 raise DataError(f"{path}: samples of shape {shapes}, expected {first} as in the first file")
-        datasets.append({name: Concat([chunk[name] for chunk in chunks], files) for name in first if files})
+        arrays = {name: [chunk[name] for chunk in chunks] for name in first if files}
+        # Zeros at the end would count as sentences; only what a puzzle reads may have them.
+        datasets.append({name: Concat(array, files, name == "input_embeddings") for name, array in arrays.items()})
     train, val = datasets
     if not train or size_of(train) < 2:
         raise DataError(f"{folder}: no training sequences, expected two or more in train_embeddings_chunk_0.pt or .npy")
@@ -490,8 +492,6 @@ def make_data(args, config=None):
 
     def collate(picked, extra):
         batch = pairs(picked, args.seed)
-        if (batch["labels"][:, -1] == 0).all(-1).any():  # they would count as sentences
-            raise DataError(f"{args.data_folder}: a sequence ends in zeros, expected equal windows without padding")
         for name in batch:
             mean, scale = config.normalization[name]
             batch[name] = (batch[name] - torch.tensor(mean)) / scale
@@ -750,8 +750,7 @@ def add_method_args(parser):
 #   add_method_args(parser) -> see there
 #   make_data(args, config) -> dict. config: the checkpoint's Config, None in a new run. Keys: train, val (datasets as
 #     data.py wants them), collate, config, describe(metrics) -> text of a log line, report(metrics) -> text at the end,
-#     baselines() -> metrics of the final line; where it applies, sizes (numbers in which the data of a resumed run must
-#     agree) and predict(model) -> text (done instead of an evaluation)
+#     baselines() -> metrics of the final line; where it applies, predict(model) -> text (instead of an evaluation)
 #   compute_loss(model, batch, carry, args) -> loss, sums, carry. The batch holds step and share (see train); it may
 #     hold counts. carry: None, or what each row takes along: tensors [B, ...], among them `drawn` (how many samples the
 #     row has taken before) and `halted` (whether it needs another one)
@@ -765,7 +764,7 @@ SCRIPT = Path(__file__).stem
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))  # torchrun sets it
+    return int(os.environ.get("RANK", 0)) % world_size()  # torchrun sets both; a lone RANK of a cluster says nothing
 
 
 def world_size():
@@ -858,6 +857,7 @@ def receive(number, _):
 @contextlib.contextmanager
 def catch_signals():
     before = {}
+    RECEIVED.clear()  # of an earlier run in this process
     with contextlib.suppress(ValueError, AttributeError):  # a thread may set no handlers, Windows has but two of these
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name)
@@ -1114,7 +1114,7 @@ class Run:
     def __init__(self, args, data, checkpoint):
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * world_size()  # samples of an update
-        self.sizes = {"--batch_size * --grad_accum * processes": self.num_rows, **data.get("sizes", {})}
+        self.sizes = {"--batch_size * --grad_accum * processes": self.num_rows}
         self.sizes |= {f"{split} data": fingerprint(data[split], data["collate"]) for split in ("train", "val")}
 
         torch.manual_seed(args.seed)
