@@ -1116,6 +1116,22 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, capsy
         predict("whole", prefix)
 
 
+def test_predict_gives_separate_labels_at_every_position_in_their_own_units(tmp_path):
+    x = torch.randn(40, 7, 6) + 2
+    y = 50 * x.flip(1)[..., :3] - 9
+    folder = folder_with(tmp_path, {"0.pt": {"input_embeddings": x, "labels": y}})
+    run("trm_deep", folder / "run", f"--data_folder {folder} --hidden_size 32 --num_heads 2 --batch_size 4")
+    np.save(tmp_path / "in.npy", x)
+    run("trm_deep", folder / "run", f"--eval_only --predict {folder}/in.npy {folder}/out.npy", tiny=False)
+    checkpoint = load(folder / "run", "best.pt")
+    model = trm_deep.Model(trm_deep.Config(**checkpoint["config"])).eval()
+    model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+    mean, label_mean = x[:36].mean((0, 1)), y[:36].mean((0, 1))
+    scale, label_scale = (v.square().mean().sqrt() for v in (x[:36] - mean, y[:36] - label_mean))
+    logits = trm_deep.answer(model, {"input_embeddings": (x - mean) / scale})["logits"]
+    near(torch.tensor(np.load(folder / "out.npy")), logits * label_scale + label_mean, 1e-3)
+
+
 # ==== nepa_deep.py: the model ========================================================================================
 
 VIT = {"image_size": 12, "patch_size": 4, "hidden_size": 16, "num_layers": 3, "num_heads": 2, "layerscale_value": 0.5}

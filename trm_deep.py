@@ -653,35 +653,35 @@ def evaluate(model, data, args):
 def predict(model, args):
     """Continue sequences: --predict IN.npy OUT.npy --rollout N, float [T, D] or [B, T, D] -> float32 [.., N, D].
 
-    Every new embedding is appended to what the model reads next. Returns what was done in words. Raises DataError for a
-    file that does not fit.
+    Every new embedding is appended to what the model reads next. A model of separate labels gives [.., T, D_out].
+    Returns what was done in words. Raises DataError for a file that does not fit.
     """
     source, target = map(Path, args.predict)
     c, prefix = model.config, read_tensors(source)
     if target.exists():
         raise DataError(f"{target}: exists already, expected a new file")
-    if not c.causal:
-        raise DataError(f"{source}: the model learned separate labels, expected one that predicts the next input")
     *rows, T, size = prefix.shape
     if not prefix.is_floating_point() or len(rows) > 1 or size != c.input_size or not prefix.float().isfinite().all():
         expected = f"finite floats [T, {c.input_size}] or [B, T, {c.input_size}]"
         raise DataError(f"{source}: holds {prefix.dtype} {list(prefix.shape)}, expected {expected}")
-    # Causal models read and predict in the same units.
-    mean, scale = c.normalization["input_embeddings"]
-    mean, rolled = torch.tensor(mean), []
-    for part in ((prefix.float() - mean) / scale).reshape(-1, T, size).split(args.batch_size):
+    (mean, scale), (label_mean, label_scale) = c.normalization["input_embeddings"], c.normalization["labels"]
+
+    def read(sequence):
+        with autocast(args):
+            return answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)["halted_logits"]
+
+    found = []
+    for part in ((prefix.float() - torch.tensor(mean)) / scale).reshape(-1, T, size).split(args.batch_size):
         sequence = part.to(args.device)
-        for _ in range(args.rollout):
-            with autocast(args):
-                outputs = answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)
-            sequence = torch.cat([sequence, outputs["halted_logits"][:, -1:]], dim=1)
-        # [pieces, rollout, D], in the data's units again
-        rolled.append(sequence[:, T:].cpu() * scale + mean)
-    rolled = torch.cat(rolled).reshape(*rows, args.rollout, size)
-    write_atomically(target, lambda file: np.save(file, rolled.numpy()))
+        for _ in range(args.rollout * c.causal):
+            sequence = torch.cat([sequence, read(sequence)[:, -1:]], dim=1)
+        found.append(sequence[:, T:] if c.causal else read(sequence))
+    found = torch.cat(found).cpu() * label_scale + torch.tensor(label_mean)  # in the data's units again
+    found = found.reshape(*rows, *found.shape[1:])
+    write_atomically(target, lambda file: np.save(file, found.numpy()))
     longest = T + args.rollout - 1
     more = f"; read up to {longest} at once, trained on {c.seq_len}" if longest > c.seq_len else ""
-    return f"wrote {args.rollout} embeddings for each sequence to {target}{more}"
+    return f"wrote {found.shape[-2]} embeddings for each sequence to {target}{more}"
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -715,7 +715,7 @@ def add_method_args(parser):
     flag("--curriculum_end_step", 0, "from here all count in full; linear between")
     flag("--L_cycle_supervision", 0.0, "weight of a loss after every L cycle as well")
     flag = flag_group(parser, "prediction, with --eval_only --out_dir RUN")
-    flag("--predict", None, "continue the sequences [T, D] or [B, T, D] of IN", nargs=2, metavar=("IN.npy", "OUT.npy"))
+    flag("--predict", None, "continue, or label, the sequences [B, T, D] of IN", nargs=2, metavar=("IN.npy", "OUT.npy"))
     flag("--rollout", 1, "how many embeddings to predict", 1)
     parser.set_defaults(batch_size=8, lr=1e-4, ema_decay=0.999)
     demo = {"L_cycles": 1, "L_layers": 1, "num_heads": 4, "halt_max_steps": 1, "batch_size": 32, "lr": 3e-3}
