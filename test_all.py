@@ -1122,9 +1122,10 @@ def test_predict_gives_separate_labels_at_every_position_in_their_own_units(tmp_
     folder = folder_with(tmp_path, {"0.pt": {"input_embeddings": x, "labels": y}})
     run("trm_deep", folder / "run", f"--data_folder {folder} --hidden_size 32 --num_heads 2 --batch_size 4")
     np.save(tmp_path / "in.npy", x)
-    run("trm_deep", folder / "run", f"--eval_only --predict {folder}/in.npy {folder}/out.npy", tiny=False)
+    more_cycles = f"--eval_only --H_cycles 5 --predict {folder}/in.npy {folder}/out.npy"
+    run("trm_deep", folder / "run", more_cycles, tiny=False)
     checkpoint = load(folder / "run", "best.pt")
-    model = trm_deep.Model(trm_deep.Config(**checkpoint["config"])).eval()
+    model = trm_deep.Model(trm_deep.Config(**checkpoint["config"] | {"H_cycles": 5})).eval()
     model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
     mean, label_mean = x[:36].mean((0, 1)), y[:36].mean((0, 1))
     scale, label_scale = (v.square().mean().sqrt() for v in (x[:36] - mean, y[:36] - label_mean))

@@ -470,6 +470,8 @@ CYCLES = ("H_cycles", "L_cycles", "halt_max_steps")
 
 def make_data(args, config=None):
     """The run's datasets and what the shared part needs to know about them (listed there). Raises DataError."""
+    if config:  # --eval_only may change the cycles: any weights fit
+        config = dataclasses.replace(config, **{name: getattr(args, name) for name in CYCLES})
     if args.predict:  # reads its own file
         return {"config": config, "predict": lambda model: predict(model, args)}
     train, val = open_folder(args.data_folder) if args.data_folder else make_world()
@@ -484,8 +486,6 @@ def make_data(args, config=None):
             moments = [measure(array) for array in train.values()]
             more["normalization"] = {"input_embeddings": moments[0], "labels": moments[0 if causal else -1]}
         config = Config.from_dict(vars(args) | facts | more)
-    # --eval_only may change the cycles: any weights fit.
-    config = dataclasses.replace(config, **{name: getattr(args, name) for name in CYCLES})
     for name, value in facts.items():
         if value != getattr(config, name):
             raise DataError(f"{args.data_folder}: {name} is {value}, expected {getattr(config, name)} as in the run")
