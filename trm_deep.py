@@ -670,16 +670,16 @@ def predict(model, args):
         with autocast(args):
             return answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)["halted_logits"]
 
-    found = []
+    found, rollout = [], args.rollout if c.causal else 0  # separate labels come all at once
     for part in ((prefix.float() - torch.tensor(mean)) / scale).reshape(-1, T, size).split(args.batch_size):
         sequence = part.to(args.device)
-        for _ in range(args.rollout * c.causal):
+        for _ in range(rollout):
             sequence = torch.cat([sequence, read(sequence)[:, -1:]], dim=1)
         found.append(sequence[:, T:] if c.causal else read(sequence))
     found = torch.cat(found).cpu() * label_scale + torch.tensor(label_mean)  # in the data's units again
     found = found.reshape(*rows, *found.shape[1:])
     write_atomically(target, lambda file: np.save(file, found.numpy()))
-    longest = T + args.rollout - 1
+    longest = T + max(rollout, 1) - 1
     more = f"; read up to {longest} at once, trained on {c.seq_len}" if longest > c.seq_len else ""
     return f"wrote {found.shape[-2]} embeddings for each sequence to {target}{more}"
 
