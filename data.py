@@ -1,18 +1,23 @@
 """The tiny data loader shared by the three scripts: which sample comes next, and how it reaches the device.
 
 A dataset is a dict of equally long arrays (numpy arrays, torch tensors, or memory maps larger than RAM), or a list of
-samples of uneven length that a collate function turns into a batch. Three rules make every run repeatable:
+samples of uneven length, each with an attribute `length`. A function collate(picked, rng, rows) turns some of them into
+a batch, a dict of arrays. Three rules make every run repeatable:
 
-- The order is a pure function. A training batch has B rows (over all processes and micro-batches); row b takes as its
-  k-th sample entry k * B + b of an endless sequence of permutations, one per (seed, epoch). Nothing is stored: resuming
-  at update k, or splitting the B rows over more processes, gives the very same samples. Samples of uneven length are
-  put into batches of about equal length, 32 batches at a time (see bucketed_window), by a pure function too.
-- Validation visits every sample once in file order, batches dealt out to the processes in turn.
-- One batch is always being made ahead in a background thread, in pinned memory when the device is CUDA.
+- Which samples an update takes is a pure function of (seed, update). Nothing is stored: resuming at update k, or
+  splitting an update over more processes, gives the very same samples.
+- What is random about a batch is drawn from rng, a generator of its own for each (seed, update), the same in every
+  process; rows are the places of the picked samples in the update. In validation both are None.
+- Validation visits every sample once, in file order, batches dealt out to the processes in turn.
+
+The next batches are made in a background thread, in pinned memory when the device is CUDA.
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
+import textwrap
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,53 +29,16 @@ class DataError(ValueError):
     """Bad input from outside. The message reads `<file>[:<line>]: <what is wrong>, expected <what>`."""
 
 
-# ---- order: pure functions of (seed, epoch) -------------------------------------------------------------------------
-
-
-def hash64(values, salt):
-    """Hash integers to uint64 (the splitmix64 finaliser, Steele et al. 2014): the scripts' stateless randomness.
-
-    values: integer array [n]; salt: an int, 0 or more. hash64(values, salt) / 2**64 is uniform on [0, 1).
-    """
-    x = values.astype(np.uint64) + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@functools.lru_cache(maxsize=4)  # 8 bytes a sample each; rows rarely lie further apart than two epochs
-def permutation(size, seed, epoch):
-    """The order of an epoch: int64 [size]."""
-    return np.random.default_rng((seed, epoch)).permutation(size)
-
-
-def sample_index(drawn, rows, num_rows, size, seed):
-    """Which samples (int64 [n]) rows[i] of num_rows take after drawn[i] others; both int64 [n], counted from 0."""
-    epochs, entry = np.divmod(drawn * num_rows + rows, size)
-    index = np.empty_like(entry)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        index[here] = permutation(size, seed, int(epoch))[entry[here]]
-    return index
-
-
-def window_size(num_rows, size):
-    """How many batches trade samples: 32, but no more than an epoch has."""
-    return min(32, max(1, size // num_rows))
-
-
-def bucketed_window(window, num_rows, lengths, seed):
-    """Which samples (int64 [n, num_rows]) the n batches of a window hold: in each, samples of about equal length.
-
-    The window's entries of the endless sequence are sorted by length and cut into batches, which then come in random
-    order (short ones first in every window would be a curriculum). lengths: int [size]. A window that goes from one
-    epoch into the next may hold a sample twice, and then often in one batch.
-    """
-    n = window_size(num_rows, len(lengths))
-    updates = np.arange(n) + window * n
-    index = sample_index(np.repeat(updates, num_rows), np.tile(np.arange(num_rows), n), num_rows, len(lengths), seed)
-    by_length = index[np.argsort(lengths[index], kind="stable")].reshape(n, num_rows)
-    return by_length[np.argsort(hash64(updates, seed), kind="stable")]
+@contextlib.contextmanager
+def expecting(expected, source):
+    """Turn any error inside into a DataError about source: reading a file can fail with many types of exceptions."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        what = textwrap.shorten(str(error) or type(error).__name__, 300)  # in one line
+        raise DataError(f"{source}: {what}, expected {expected}") from None
 
 
 # ---- arrays ---------------------------------------------------------------------------------------------------------
@@ -90,138 +58,116 @@ class Subset:
 
 
 class Concat:
-    """The tensors of several files seen as one: len() and indexing with int64 arrays.
+    """The tensors of several files as one: len() and indexing with int64 arrays, which gives float32.
 
-    Indexing gives float32. Raises DataError for a number that is not finite and, where padded is False, for a sample
-    [T, ...] that ends in zeros.
+    Indexing raises DataError for a number that is not finite and, unless padded, for a sample [T, ...] that ends in
+    zeros.
     """
 
     def __init__(self, tensors, files, padded=True):
         self.tensors, self.files, self.padded = tensors, files, padded
-        self.ends = np.cumsum([len(tensor) for tensor in tensors])
+        self.starts = np.cumsum([0, *map(len, tensors)])
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def __getitem__(self, index):
-        which = np.searchsorted(self.ends, index, side="right")
-        row = index - np.concatenate([[0], self.ends])[which]
-        picked = torch.empty(len(index), *self.tensors[0].shape[1:])
-        for i in np.unique(which):
-            here = np.flatnonzero(which == i)
-            picked[here] = self.tensors[i][row[here]].float()
-        bad = ~torch.isfinite(picked).flatten(1).all(1)
+        which = np.searchsorted(self.starts, index, side="right") - 1
+        rows = index - self.starts[which]
+        picked = torch.stack([self.tensors[i][row].float() for i, row in zip(which, rows)])
+        bad = ~picked.isfinite().flatten(1).all(1)
         if not self.padded:
             bad |= (picked[:, -1] == 0).all(-1)
         if bad.any():
             at = int(bad.int().argmax())
             what = "is not finite or ends in zeros, expected numbers, cut to windows of equal length"
-            raise DataError(f"{self.files[which[at]]}: sample {row[at]} {what}")
+            raise DataError(f"{self.files[which[at]]}: sample {rows[at]} {what}")
         return picked
 
 
 def size_of(dataset):
     """Number of samples."""
-    return len(dataset) if isinstance(dataset, list) else len(next(iter(dataset.values())))
+    return len(dataset if isinstance(dataset, list) else next(iter(dataset.values())))
 
 
-def make_batch(dataset, index, extra, collate, pin=False):
-    """Gather samples index (int64 [n]) and the arrays in extra into one dict of contiguous CPU tensors."""
-    picked = [dataset[i] for i in index] if isinstance(dataset, list) else {k: v[index] for k, v in dataset.items()}
-    batch = {**picked, **extra} if collate is None else collate(picked, extra)
-    # A strided view would leave the fast path to the GPU, and wait for it.
-    batch = {name: torch.as_tensor(value).contiguous() for name, value in batch.items()}
-    return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
+def pick(dataset, index):
+    """The samples index (int64 [n]): a list, or a dict of arrays."""
+    return [dataset[i] for i in index] if isinstance(dataset, list) else {k: v[index] for k, v in dataset.items()}
 
 
-def fingerprint(dataset, collate):
-    """Number of samples and a hash of the first, the middle and the last: enough to notice that they are others."""
-    size = size_of(dataset)
-    batch = make_batch(dataset, np.array([0, size // 2, size - 1]), {}, collate if isinstance(dataset, list) else None)
-    content = b"".join(value.numpy().tobytes() for value in batch.values())
-    return f"{size} samples, {hashlib.sha256(content).hexdigest()[:16]}"
+def fingerprint(data):
+    """Sizes of data["train"] and data["val"], and a hash of three samples of each: enough to notice other data."""
+    found = []
+    for split in ("train", "val"):
+        size = size_of(data[split])
+        picked = pick(data[split], np.array([0, size // 2, size - 1]))
+        arrays = data["collate"](picked) if isinstance(picked, list) else picked
+        content = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
+        found.append(f"{split} data of {size} samples, {hashlib.sha256(content).hexdigest()[:16]}")
+    return ", ".join(found)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
-def background(device):
-    """One thread; on CUDA it pins memory for this process's device and not for the first one."""
-    pinning = torch.device(device).type == "cuda"
-    return ThreadPoolExecutor(1, initializer=functools.partial(torch.cuda.set_device, device) if pinning else None)
+def prefetch(make, keys, device, depth=1):
+    """Yield make(key), a dict of arrays, for every key, as tensors on the device; `depth` of them are made ahead."""
+    cuda = torch.device(device).type == "cuda"
+
+    def prepare(key):
+        # contiguous: a strided view would leave the fast path to the GPU, and wait for it.
+        batch = {name: torch.as_tensor(value).contiguous() for name, value in make(key).items()}
+        return {name: value.pin_memory() for name, value in batch.items()} if cuda else batch
+
+    # Without set_device the thread would pin memory for the first GPU.
+    with ThreadPoolExecutor(1, initializer=functools.partial(torch.cuda.set_device, device) if cuda else None) as pool:
+        keys = iter(keys)
+        ahead = deque(pool.submit(prepare, key) for key in itertools.islice(keys, depth))
+        while ahead:
+            ahead.extend(pool.submit(prepare, key) for key in itertools.islice(keys, 1))
+            batch = ahead.popleft().result()
+            # non_blocking from pinned memory only: other memory might be freed before it is copied.
+            yield {name: value.to(device, non_blocking=cuda) for name, value in batch.items()}
 
 
-def to_device(batch, device):
-    """The batch on the device, copied without waiting from pinned memory alone: other memory may be freed too early."""
-    pinned = torch.device(device).type == "cuda"
-    return batch and {name: value.to(device, non_blocking=pinned) for name, value in batch.items()}
+def training_batches(dataset, collate, device, seed, num_rows, parts, update=0):
+    """Yield training batches without end, from an update on: for each update one batch for each of parts.
 
-
-class Loader:
-    """Training batches without end, made in request order in a background thread.
-
-    collate(picked, extra) -> dict of arrays; extra holds `rows` (their places in this process's micro-batch) and
-    `position` (k * B + b, unique for each sample ever taken: whatever is random about one is hashed from it).
-    The samples of a list have an attribute `length`.
+    num_rows: samples of an update, over all processes; parts: int64 [k, n], which of them this process takes. An epoch
+    is one permutation cut into updates; what does not fill an update is left out. Samples of uneven length are sorted
+    by length, 32 updates at a time, to keep padding small.
     """
+    size = size_of(dataset)
+    per_epoch = max(1, size // num_rows)
+    lengths = np.array([sample.length for sample in dataset]) if isinstance(dataset, list) else None
 
-    def __init__(self, dataset, num_rows, seed, device, collate=None):
-        self.dataset, self.num_rows, self.seed = dataset, num_rows, seed
-        self.device, self.collate = torch.device(device), collate
-        self.thread, self.queue = background(device), deque()
-        if isinstance(dataset, list):
-            lengths = np.array([sample.length for sample in dataset])
-            self.window = functools.lru_cache(1)(lambda window: bucketed_window(window, num_rows, lengths, seed))
+    @functools.lru_cache(1)
+    def order(epoch):
+        """int64 [per_epoch, num_rows]"""
+        rng = np.random.default_rng((seed, 1, epoch))
+        index = np.resize(rng.permutation(size), per_epoch * num_rows)  # repeats the samples where they are too few
+        if lengths is None:
+            return index.reshape(per_epoch, num_rows)
+        index = index[np.lexsort((lengths[index], np.arange(len(index)) // (32 * num_rows)))]
+        return rng.permutation(index.reshape(per_epoch, num_rows))  # short ones first would be a curriculum
 
-    def request(self, first_row, drawn, wanted=None):
-        """Start making a batch: rows first_row, first_row + 1, ... take a sample each, after drawn[i] others.
+    def make(key):
+        update, rows = key
+        picked = pick(dataset, order(update // per_epoch)[update % per_epoch, rows])
+        return collate(picked, np.random.default_rng((seed, 2, update)), rows)
 
-        drawn: int64 tensor [n] on any device, all equal where the dataset is a list; wanted: bool tensor [n], which
-        rows take one at all (None: every row). A CUDA tensor is copied without waiting: the thread waits for the copy,
-        the caller goes on to the backward pass.
-        """
-        cuda = self.device.type == "cuda"
-        copies = [None if t is None else t.to("cpu", non_blocking=cuda) for t in (drawn, wanted)]
-        copied = torch.cuda.Event() if cuda else None
-        if copied:
-            copied.record()
-        self.queue.append(self.thread.submit(self._make, first_row, *copies, copied))
-
-    def _make(self, first_row, drawn, wanted, copied):
-        if copied:
-            copied.synchronize()
-        rows = np.arange(len(drawn)) if wanted is None else np.flatnonzero(wanted.numpy())
-        drawn = drawn.numpy()[rows]
-        size = size_of(self.dataset)
-        if isinstance(self.dataset, list):
-            window, update = divmod(int(drawn[0]), window_size(self.num_rows, size))
-            index = self.window(window)[update, first_row + rows]
-        else:
-            index = sample_index(drawn, first_row + rows, self.num_rows, size, self.seed)
-        extra = {"rows": rows, "position": drawn * self.num_rows + first_row + rows}
-        return make_batch(self.dataset, index, extra, self.collate, pin=copied is not None)
-
-    def next(self):
-        """The oldest requested batch, as a dict of tensors on the device. Raises what the thread raised."""
-        return to_device(self.queue.popleft().result(), self.device)
+    return prefetch(make, ((k, rows) for k in itertools.count(update) for rows in parts), device, len(parts))
 
 
-def fixed_batches(dataset, batch_size, device, rank=0, world=1, limit=0, collate=None):
-    """Yield every sample once (the first `limit` of them if limit > 0), in order; the last batch may be smaller.
+def fixed_batches(dataset, collate, device, batch_size, rank=0, world=1, limit=0):
+    """Yield every sample once, in order; the last batch may be smaller.
 
-    This process gets batches rank, rank + world, ... of the whole pass, and None in the last round if there it has
-    none: every process goes through the same number of rounds.
+    This process gets batches rank, rank + world, ... limit: if not 0, only so many samples; a random choice,
+    since files are often sorted, but always the same one.
     """
-    size = min(size_of(dataset), limit or size_of(dataset))
-    pin = torch.device(device).type == "cuda"
+    index = np.sort(np.random.default_rng(0).permutation(size_of(dataset))[: limit or None])
 
     def make(first):
-        index = np.arange(first, min(first + batch_size, size))
-        return make_batch(dataset, index, {}, collate, pin) if len(index) else None
+        return collate(pick(dataset, index[first : first + batch_size]))
 
-    with background(device) as thread:
-        ahead = None
-        for first in [*range(rank * batch_size, size + rank * batch_size, world * batch_size), None]:
-            now, ahead = ahead, None if first is None else thread.submit(make, first)
-            if now:
-                yield to_device(now.result(), device)
+    return prefetch(make, range(rank * batch_size, len(index), world * batch_size), device)

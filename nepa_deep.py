@@ -1,23 +1,23 @@
-"""Next-embedding prediction on images, with the loss at every layer of the network on demand.
+"""Next-embedding prediction on images, with a loss at the last layer or at every layer.
 
-An image is cut into patches, each patch becomes an embedding, and a causal ViT predicts from the patches so far the
-embedding of the next one: no pixels are rebuilt, nothing is masked, no second network is needed ("Next-Embedding
-Prediction Makes Strong Vision Learners", NEPA, arXiv 2512.16922). Normally the loss sits on the last layer only;
---use_intermediate_loss puts it on every layer before, so that a run can tell whether that converges faster, and whether
-what converges faster is also better: both are judged by a probe and by kNN on the frozen features.
+An image is cut into patches, each patch becomes an embedding, and a causal ViT predicts each embedding from the patches
+before it. No pixels are reconstructed, nothing is masked, and there is no second network ("Next-Embedding Prediction
+Makes Strong Vision Learners", NEPA, arXiv 2512.16922). By default only the last layer has a loss;
+--use_intermediate_loss adds one at every earlier layer. Whether that converges faster, and to better features, is
+measured by a linear probe and kNN on the frozen features.
 
   python nepa_deep.py                                                                   # laptop, 1 to 2 minutes
   python nepa_deep.py --use_intermediate_loss
-  python nepa_deep.py --data_dir cifar10 --download                                     # CIFAR-10, 10 minutes
+  python nepa_deep.py --data_dir cifar10                                                # CIFAR-10, 10 minutes
   torchrun --nproc_per_node 8 nepa_deep.py --data_dir DIR --use_intermediate_loss       # many GPUs
 
-Without --data_dir it learns a built-in world of textures. The first command's last lines, seed 0:
+Without --data_dir it trains on a synthetic dataset of textures. The first command's last lines, seed 0:
 
-  Step 400/400, Val Loss: -0.6479 | Final: -0.6479 | Intermediate: -0.4811 | kNN: 0.6785 | Probe: 0.5650
+  Step 400/400, Val Loss: -0.6468 | Final: -0.6468 | Intermediate: -0.4841 | kNN: 0.7135 | Probe: 0.5835
   frozen features                      kNN   probe
-  this model                        0.6785  0.5650
-  untrained network                 0.4730  0.2590
-  raw pixels                        0.2355  0.2010
+  this model                        0.7135  0.5835
+  before training                   0.4635  0.2590
+  raw pixels                        0.2380  0.2140
 """
 
 import argparse
@@ -26,23 +26,15 @@ import copy
 import dataclasses
 import datetime
 import functools
-import hashlib
-import http.client
 import itertools
 import json
 import math
 import os
 import re
-import shlex
-import shutil
 import signal
 import sys
-import tarfile
-import tempfile
-import textwrap
 import time
 import traceback
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
-    from data import DataError, Loader, Subset, fingerprint, fixed_batches, hash64, permutation, size_of
+    from data import DataError, Subset, expecting, fingerprint, fixed_batches, size_of, training_batches
 except ImportError as error:
     sys.exit(f"error: {error}; expected data.py beside this script and no other `data` before it on the path")
 
@@ -64,7 +56,7 @@ except ImportError as error:
 
 @dataclasses.dataclass
 class Config:
-    """What defines the model; the defaults are the published Base model's. Raises DataError for sizes that misfit."""
+    """Defines the model; the defaults are the published Base model. Raises DataError for sizes that do not fit."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -78,12 +70,12 @@ class Config:
     qk_norm_affine: bool = False
     layerscale_value: float = 1e-5
     rope_theta: float = 100.0
-    rope_rescale: float = 2.0  # in training all coordinates are multiplied by a number in [1 / it, it]
+    rope_rescale: float = 2.0  # largest random factor of the coordinates in training; the smallest is 1 over it
     norm_eps: float = 1e-12
 
     def __post_init__(self):
         self.mlp_hidden = self.mlp_hidden or 4 * self.hidden_size
-        if self.hidden_size % (4 * self.num_heads):  # RoPE turns pairs, half of them by the row, half by the column
+        if self.hidden_size % (4 * self.num_heads):  # RoPE rotates pairs, half of them by the row, half by the column
             expected = f"a multiple of 4 * num_heads = {4 * self.num_heads}"
             raise DataError(f"hidden_size {self.hidden_size}, expected {expected}")
         if self.image_size % self.patch_size:
@@ -91,17 +83,17 @@ class Config:
 
 
 class Output(NamedTuple):
-    """What a forward pass gives; T = 1 + number of patches, the CLS token first."""
+    """Result of a forward pass; T = 1 + number of patches, the CLS token first."""
 
-    embedding: torch.Tensor  # [B, T, D] what the first layer reads; its patches are the targets
+    embedding: torch.Tensor  # [B, T, D] input of the first layer; its patches are the targets
     hidden_states: list  # [B, T, D] each, the residual stream after layers 1 .. L, without the final norm
-    prediction: torch.Tensor  # [B, T, D] the last of them, normed: position t predicts embedding t + 1
+    prediction: torch.Tensor  # [B, T, D] the last hidden state, normed: position t predicts embedding t + 1
 
 
 def rotary(rows, columns, d, theta, scale, device):
-    """Cosines and sines [T, 1, d/2], float32, of the RoPE angles of CLS and rows x columns patches; CLS is not turned.
+    """RoPE cosines and sines [T, 1, d/2], float32, for CLS (not rotated) and rows x columns patches.
 
-    Patch centres lie in [-1, 1], times scale; the first d/4 angles come from y, the others from x.
+    Patch centres are in [-1, 1], times scale; the first d/4 angles come from y, the others from x.
     """
     y, x = (scale * ((2 * torch.arange(n, device=device) + 1) / n - 1) for n in (rows, columns))
     frequencies = 2 * math.pi * theta ** (-4 * torch.arange(d // 4, device=device) / d)
@@ -138,11 +130,10 @@ class Block(nn.Module):
     def forward(self, h, cos, sin):
         B, T, D = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.num_heads, -1).unbind(2)  # [B, T, heads, d] each
-        q, k = rotate(self.q_norm(q), cos, sin).to(v.dtype), rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        q, k = rotate(self.q_norm(q), cos, sin).to(v), rotate(self.k_norm(k), cos, sin).to(v)  # in the dtype of v
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # [B, heads, T, d]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        attended = attended.transpose(1, 2).reshape(B, T, D)  # the heads' parts side by side
-        h = h + self.scale1 * self.o(attended)
+        h = h + self.scale1 * self.o(attended.transpose(1, 2).reshape(B, T, D))
         up = self.up(self.norm2(h))  # [B, T, mlp_hidden], twice as wide when gated
         if self.gated:
             gate, up = up.chunk(2, dim=-1)
@@ -172,15 +163,15 @@ class Model(nn.Module):
     def embed(self, images):
         """[B, C, H, W] float -> [B, T, D]: CLS, then the patches row by row."""
         patches = self.patch(images).flatten(2).transpose(1, 2)  # [B, N, D]
-        # A patch of zeros (padding, a grey wall) embeds to the bias, zero at first, where the slope of a LayerNorm is
-        # eps^-1/2 = 1e6 and gradients reach 4e7. So what has an rms below 1e-3 is filled up with the CLS token.
+        # A patch of zeros (padding, a grey wall) has the bias as its embedding, which is zero at init. A LayerNorm at
+        # zero has slope eps^-1/2 = 1e6, and gradients reach 4e7. So below an rms of 1e-3, mix in the CLS token.
         blank = 1 - patches.detach().float().square().mean(-1, keepdim=True).sqrt() / 1e-3
         patches = patches + blank.clamp(min=0) * self.cls_token
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
     def forward(self, images, rope_scale=1.0):
         """images: [B, C, H, W] float, H and W multiples of patch_size. rope_scale: factor of the coordinates, a float
-        or a 0-dimensional tensor on the images' device; drawn anew for every update in training. Returns an Output.
+        or a 0-dimensional tensor on the images' device; random in training, one for each update. Returns an Output.
         """
         c = self.config
         rows, columns = (side // c.patch_size for side in images.shape[2:])
@@ -188,7 +179,7 @@ class Model(nn.Module):
         embedding = h = self.embed(images)
         hidden_states = []
         for block in self.layers:
-            # Keep only the residual stream; backward runs each block a second time. Not the last, which it needs first.
+            # Keep only the residual stream and recompute the block in backward; not the last, which it needs first.
             if self.grad_checkpoint and block is not self.layers[-1]:
                 h = checkpoint(block, h, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -200,15 +191,14 @@ class Model(nn.Module):
 # ---- published weights ----------------------------------------------------------------------------------------------
 
 PUBLISHED = {  # patterns of published names -> ours, applied in this order
-    r"^vit_nepa\.": "",
-    r"^embeddings\.(patch_embeddings\.projection|cls_token)": r"\1",
+    r"^(vit_nepa\.)?(embeddings\.)?": "",
     r"^patch_embeddings\.projection": "patch",
     r"^layernorm\.": "norm.",
     r"^encoder\.layer\.": "layers.",
-    r"attention\.attention\.(query|key|value)\.": "qkv.",  # these three stand one below the other in ours
+    r"attention\.attention\.(query|key|value)\.": "qkv.",  # concatenated in this order
     r"attention\.attention\.": "",  # q_norm, k_norm
     r"attention\.output\.dense": "o",
-    r"intermediate\.(gate|up)_proj": "up",  # and so do these two
+    r"intermediate\.(gate|up)_proj": "up",  # concatenated in this order
     r"output\.dense": "down",
     r"layernorm_before": "norm1",
     r"layernorm_after": "norm2",
@@ -218,15 +208,14 @@ PUBLISHED = {  # patterns of published names -> ours, applied in this order
 
 
 def to_our_names(weights):
-    """Weights (dict of tensors or arrays) by published NEPA names, with or without `vit_nepa.`, by ours.
+    """Rename weights (dict of tensors or arrays) from published NEPA names, with or without `vit_nepa.`, to ours.
 
-    What belongs to a classifier built on the model is left out, and said. Our own names pass through; what fits neither
-    stays as it is, for load_state to name.
+    Drops the weights of a classifier and says so. Our own names and unknown ones stay, for load_state_dict to check.
     """
     found, heads = {}, [name for name in weights if re.match(r"(vit_nepa\.)?(classifier|pooler)\.", name)]
     if heads:
         say(f"left out: {', '.join(heads)}")
-    # In alphabetical order gate comes before up, and key before value; query has to come before both.
+    # Alphabetical order puts gate before up and key before value; query has to come before both.
     for name in sorted(weights.keys() - heads, key=lambda name: name.replace("query", "")):
         ours = name
         for pattern, replacement in PUBLISHED.items():
@@ -238,21 +227,20 @@ def to_our_names(weights):
 def from_official(config, weights):
     """A Model with the weights of the published NEPA code.
 
-    config: dict in its names (hidden_size, num_hidden_layers, intermediate_size, use_gated_mlp, ...); what only matters
-    in training and has no counterpart here (dropout, drop path, jitter of positions) is passed over. weights: see
-    to_our_names. Raises ValueError for a model that is not offered and for weights that do not fit.
+    config: dict with its names (hidden_size, num_hidden_layers, intermediate_size, use_gated_mlp, ...); settings of the
+    training that have no counterpart here (dropout, drop path, position jitter) are ignored. weights: see to_our_names.
+    Raises ValueError for an unsupported model, RuntimeError for weights that do not fit.
     """
     gated = config.get("use_gated_mlp", False)
     for name, expected in {"is_causal": True, "qkv_bias": True, "hidden_act": "silu" if gated else "gelu"}.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"{name} {config[name]!r}, expected {expected!r}")
-    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "mlp_hidden": "intermediate_size"}
-    names |= {"gated_mlp": "use_gated_mlp", "norm_eps": "layer_norm_eps"}
-    theirs = {name: names.get(name, name) for name in Config.__dataclass_fields__}
-    known = {name: config[theirs[name]] for name in theirs if theirs[name] in config}
-    # Theirs stretches no positions unless it is told to; ours does.
-    model = Model(Config(**known, rope_rescale=config.get("pos_embed_rescale") or 1.0))
-    load_state(model, to_our_names(weights))
+    ours = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "intermediate_size": "mlp_hidden"}
+    ours |= {"use_gated_mlp": "gated_mlp", "layer_norm_eps": "norm_eps", "pos_embed_rescale": "rope_rescale"}
+    config = {ours.get(name, name): value for name, value in config.items()}
+    config["rope_rescale"] = config.get("rope_rescale") or 1.0  # off by default, unlike ours
+    model = Model(Config(**{name: config[name] for name in config.keys() & Config.__dataclass_fields__}))
+    model.load_state_dict(to_our_names(weights))
     return model
 
 
@@ -266,18 +254,17 @@ def prediction_loss(target, prediction):
     patch. Returns a float32 scalar in [-1, 1].
     """
     target, prediction = target.detach()[:, 1:].float(), prediction[:, :-1].float()
-    lengths = target.norm(dim=-1).clamp(min=1e-4) * prediction.norm(dim=-1).clamp(min=1e-4)  # zero has no direction
-    return -((target * prediction).sum(-1) / lengths).mean()
+    return -F.cosine_similarity(target, prediction, dim=-1, eps=1e-4).mean()  # eps: zero has no direction
 
 
 def intermediate_loss(embedding, hidden_states, prediction, weight=1.0):
     """The loss at every layer: loss_final + weight * mean of the loss over layers 1 .. L-1.
 
-    embedding, prediction: [B, T, D]; hidden_states: list over layers 1 .. L of [B, T, D], taken from the raw residual
-    stream. The last one is left out, since prediction is the same state normed; the embedding is no layer.
+    embedding, prediction: [B, T, D]; hidden_states: list over layers 1 .. L of [B, T, D], from the raw residual stream.
+    The last one is not used: prediction is the same state, normed.
     Returns loss, loss_final (with gradient) and the list of the L-1 layers' losses (detached): float32 scalars.
     """
-    # Normalised once: a copy of the target per layer would be kept for backward (4 % of all bytes; now .04 %).
+    # Normalized only once: backward would keep a copy of the target for each layer (4 % more memory; now 0.04 %).
     target = F.normalize(embedding.detach()[:, 1:].float(), dim=-1, eps=1e-4)
 
     def loss(state):
@@ -290,29 +277,26 @@ def intermediate_loss(embedding, hidden_states, prediction, weight=1.0):
 
 
 def losses(output, args, every_layer):
-    """The loss of an Output and, by the metrics' names, its parts, detached.
+    """The loss of an Output and its parts as metrics, detached.
 
-    every_layer: whether to compute the losses of layers 1 .. L-1; they count with --use_intermediate_loss only.
+    every_layer: compute the losses of layers 1 .. L-1 too; only --use_intermediate_loss adds them to the loss.
     """
     states = output.hidden_states if every_layer else []
-    weight = args.intermediate_loss_weight if args.use_intermediate_loss else 0.0
-    loss, loss_final, layers = intermediate_loss(output.embedding, states, output.prediction, weight)
-    parts = {"loss": loss.detach(), "loss_final": loss_final.detach()}
+    weight = args.intermediate_loss_weight * args.use_intermediate_loss
+    loss, final, layers = intermediate_loss(output.embedding, states, output.prediction, weight)
+    metrics = {"loss": loss.detach(), "loss_final": final.detach()}
     if layers:
-        parts["loss_intermediate"] = sum(layers) / len(layers)
-    return loss, parts | {f"loss_layer_{i}": value for i, value in enumerate(layers, start=1)}
+        metrics["loss_intermediate"] = sum(layers) / len(layers)
+    return loss, metrics | {f"loss_layer_{i}": value for i, value in enumerate(layers, start=1)}
 
 
-# ---- data: the built-in world, CIFAR-10, and arrays of images -------------------------------------------------------
+# ---- data: a synthetic dataset of textures, or arrays of images -----------------------------------------------------
 
-SIDE = 32  # pixels of the built-in world's and of CIFAR-10's images
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-FIXED = 2**32  # a seed that --seed cannot be: what is drawn with it is the same in every run
+SIDE = 32  # of a synthetic image, in pixels
 
 
 def textures(rng, labels):
-    """float32 [N, 32, 32]: noise of one orientation and period, scaled to deviation 1.2 and squashed by tanh.
+    """float32 [N, 32, 32]: noise of one orientation and period, scaled to standard deviation 1.2, then tanh.
 
     labels: int [N] from 0 to 9; label % 5 is the orientation (0, 45, 90, 135 degrees, or none), label // 5 the period:
     fine, 5 to 6.5 pixels, or coarse, 1.8 times that.
@@ -320,7 +304,7 @@ def textures(rng, labels):
     labels = labels[:, None, None]
     frequency = np.float32(1 / (rng.uniform(5, 6.5, labels.shape) * np.where(labels < 5, 1, 1.8)))
     angle = np.float32(np.pi / 4 * (labels % 5) + rng.uniform(-0.12, 0.12, labels.shape))
-    # The spectrum of an area four times as large: its texture would repeat itself, what is cut from it does not.
+    # The inverse FFT is periodic: make twice the side and crop, so that opposite borders do not match.
     y, x = np.float32(np.fft.fftfreq(2 * SIDE))[:, None], np.float32(np.fft.rfftfreq(2 * SIDE))
     along, across = abs(y * np.sin(angle) + x * np.cos(angle)), y * np.cos(angle) - x * np.sin(angle)
     wave, ring = (along - frequency) ** 2 + across**2, (np.hypot(y, x) - frequency) ** 2
@@ -332,7 +316,7 @@ def textures(rng, labels):
 
 
 def discs(rng, n):
-    """bool [n, 32, 32]: a disc of random place and size."""
+    """bool [n, 32, 32]: a disc of random centre and radius."""
     cy, cx, radius = rng.uniform([[0], [0], [3]], [[SIDE], [SIDE], [7]], (3, n))[..., None, None]
     pixel = np.arange(SIDE) + 0.5
     return np.hypot(pixel[:, None] - cy, pixel - cx) < radius
@@ -356,11 +340,11 @@ def draw_images(rng, labels):
 
 
 @functools.lru_cache
-def make_world(seed):
-    """Datasets train (8,000) and val (2,000) of labelled texture images, uint8 [N, 32, 32, 3], made from the seed.
+def synthetic_dataset(seed):
+    """Datasets train (8,000) and val (2,000) of labelled texture images, uint8 [N, 32, 32, 3].
 
-    What carries the label, the statistics of a texture, is spread over the image and hidden from a linear probe on
-    pixels; what catches the eye, colour, shading and a disc in front, says nothing about it.
+    The label depends only on the texture, which a linear probe on pixels cannot read. Colour, shading and the disc are
+    easy to see but independent of the label.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(10_000) % 10)
@@ -368,30 +352,17 @@ def make_world(seed):
     return [{"images": images[part], "labels": labels[part]} for part in (slice(8000), slice(8000, None))]
 
 
-def open_cifar(files):
-    """Dataset of CIFAR-10 binary batches: per record a label byte, then 32 x 32 pixels of red, of green, of blue."""
-    record = 1 + 3 * SIDE**2
-    for path in files:
-        size = path.stat().st_size
-        if size == 0 or size % record:
-            raise DataError(f"{path}: {size} bytes, expected records of {record}: a label and 3 x 32 x 32 pixels")
-    records = np.concatenate([np.fromfile(path, np.uint8) for path in files]).reshape(-1, record)  # 154 MB
-    images = records[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
-    return {"images": images, "labels": records[:, 0].astype(np.int64)}
-
-
 def open_array(path):
     """The array in an .npy file, memory-mapped."""
-    try:
+    with expecting("an array saved by np.save", path):
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # cut short, no array at all, or one of objects
-        raise DataError(f"{path}: cannot be read ({first_line(error)}), expected an array saved by np.save") from None
 
 
-def open_arrays(images_path, labels_path):
-    """Dataset of images, uint8 [N, H, W, C] or [N, H, W], and labels, integers [N]; below 0, or no file: none."""
-    images = open_array(images_path)
-    found = f"{images_path}: {images.dtype} {list(images.shape)}"
+def open_arrays(folder, prefix):
+    """Dataset of PREFIXimages.npy, uint8 [N, H, W, C] or [N, H, W], and PREFIXlabels.npy, integers [N] or absent."""
+    path, labels_path = Path(folder, f"{prefix}images.npy"), Path(folder, f"{prefix}labels.npy")
+    images = open_array(path)
+    found = f"{path}: {images.dtype} {list(images.shape)}"
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
         raise DataError(f"{found}, expected uint8 [N, H, W, C] or [N, H, W] with no empty dimension")
     if images.ndim == 3:
@@ -406,69 +377,30 @@ def open_arrays(images_path, labels_path):
 
 
 def open_images(folder):
-    """Datasets train and val of a folder: images uint8 [N, H, W, C] and labels int64 [N], -1 where there is none.
+    """Datasets train and val of a folder: images uint8 [N, H, W, C] and labels int64 [N], below 0 for no label.
 
-    It holds images.npy and labels.npy (and, for validation, val_images.npy and val_labels.npy), or CIFAR-10's
-    data_batch_*.bin (and test_batch.bin), these also in a folder cifar-10-batches-bin. Without validation files a tenth
-    of the images is held out. Raises DataError for a file that is missing, unreadable or holds something else.
+    Reads images.npy, labels.npy and, for validation, val_images.npy, val_labels.npy; labels are optional. Without
+    val_images.npy a random tenth of the images is held out. Raises DataError for missing, unreadable or unfit files.
     """
-    folder, val = Path(folder), None
-    if (folder / "images.npy").exists():
-        train = open_arrays(folder / "images.npy", folder / "labels.npy")
-        if (folder / "val_images.npy").exists():
-            val = open_arrays(folder / "val_images.npy", folder / "val_labels.npy")
-    else:
-        inside = folder / "cifar-10-batches-bin"
-        folder = inside if inside.is_dir() else folder
-        files = sorted(folder.glob("data_batch_*.bin"))
-        if not files:
-            raise DataError(f"{folder}: no images, expected images.npy or data_batch_*.bin (see --download)")
-        train = open_cifar(files)
-        if (folder / "test_batch.bin").exists():
-            val = open_cifar([folder / "test_batch.bin"])
-    if val is None:
-        tenth = max(1, size_of(train) // 10)
-        order = permutation(size_of(train), FIXED, 0)  # by chance, since labels may come in turn
-        kept, held_out = np.sort(order[tenth:]), np.sort(order[:tenth])
-        images, labels = train.values()
-        train, val = ({"images": Subset(images, part), "labels": labels[part]} for part in (kept, held_out))
-    return train, val
+    if not Path(folder, "images.npy").exists():
+        raise DataError(f"{folder}: no images, expected images.npy")
+    train = open_arrays(folder, "")
+    if Path(folder, "val_images.npy").exists():
+        return train, open_arrays(folder, "val_")
+    order = np.random.default_rng(0).permutation(size_of(train))  # random, since files are often sorted by label
+    if len(order) < 2:
+        raise DataError(f"{folder}: one image, expected two, or val_images.npy")
+    held_out, kept = map(np.sort, np.split(order, [max(1, len(order) // 10)]))
+    return [{name: Subset(array, part) for name, array in train.items()} for part in (kept, held_out)]
 
 
-def download(url, md5, folder):
-    """Fetch url, a tar archive with this md5 (hex), and unpack into folder what is not there yet.
+def crop_boxes(rng, rows, height, width, args):
+    """Random resized crops and flips for these rows of the update: float32 [n, 5], in pixels.
 
-    Raises DataError when the download breaks off or is another file; then nothing is left of it, and it starts anew.
+    Each is top, left, height, width, flipped (0 or 1). A crop has crop_scale to 1 of the area and an aspect ratio of
+    3:4 to 4:3, log-uniform, or the nearest one that fits.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory(dir=folder) as unpacked:
-        try:
-            response = urllib.request.urlopen(url, timeout=60)
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm.wrapattr(response, "read", size, desc=folder.name) as stream:
-                shutil.copyfileobj(stream, file)
-        except (OSError, http.client.HTTPException) as error:
-            raise DataError(f"{url}: {first_line(error)}, expected the archive") from None
-        file.seek(0)
-        found = hashlib.file_digest(file, "md5").hexdigest()
-        if found != md5:
-            raise DataError(f"{url}: {file.tell()} bytes with md5 {found}, expected md5 {md5}; --download starts anew")
-        file.seek(0)
-        with tarfile.open(fileobj=file) as tar:
-            tar.extractall(unpacked, filter="data")  # refuses what would land outside, links and devices
-        for path in Path(unpacked).iterdir():
-            if not (folder / path.name).exists():
-                path.rename(folder / path.name)
-
-
-def crop_boxes(position, height, width, args):
-    """Random resized crop and flip, drawn for samples by their position: float32 [n, 5], in pixels.
-
-    Each row is top, left, height, width, flipped (0 or 1). The crop has crop_scale to 1 of the area and an aspect ratio
-    of 3:4 to 4:3, log-uniform, or the nearest with which it fits.
-    """
-    # Salts 8 * seed to 8 * seed + 4, and + 5 for the stretching of positions: no two seeds share one.
-    area, ratio, top, left, flip = (hash64(position, 8 * args.seed + k) / 2**64 for k in range(5))
+    area, ratio, top, left, flip = rng.random((rows[-1] + 1, 5))[rows].T
     area = height * width * (args.crop_scale + (1 - args.crop_scale) * area)
     ratio = ((4 / 3) ** (2 * ratio - 1)).clip(area / height**2, width**2 / area)
     h, w = np.sqrt(area / ratio), np.sqrt(area * ratio)
@@ -478,7 +410,7 @@ def crop_boxes(position, height, width, args):
 def resize_weights(start, length, size_in, size_out):
     """Weights [B, size_out, size_in] of a bilinear, antialiased resampling of `length` pixels from `start` on.
 
-    start, length: float [B]. At the borders of a crop it also reads the pixels beside it.
+    start, length: float [B]. At the borders of a crop it also reads the pixels next to it.
     """
     step = (length / size_out)[:, None, None]
     centre = start[:, None, None] + (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
@@ -488,9 +420,9 @@ def resize_weights(start, length, size_in, size_out):
 
 
 def prepare(batch, size):
-    """Cut, flip and resize a batch's images, uint8 [B, H, W, C], as its boxes [B, 5] say (see crop_boxes).
+    """Crop, flip and resize a batch's images, uint8 [B, H, W, C], to its boxes [B, 5] (see crop_boxes).
 
-    Returns float32 [B, C, size, size] in [-1, 1], made on the images' device by one matrix product per axis.
+    Returns float32 [B, C, size, size] in [-1, 1]: one matrix product per axis, on the images' device.
     """
     images = batch["images"].permute(0, 3, 1, 2).float()  # [B, C, H, W]
     top, left, height, width, flip = batch["boxes"].unbind(1)
@@ -502,53 +434,49 @@ def prepare(batch, size):
 
 
 def make_data(args, config=None):
-    """The run's datasets and what the shared part needs to know about them (listed there), and `probed`: datasets the
-    probes learn from and are tested on, with limits. config: the checkpoint's. Raises DataError for unfit images.
+    """What the shared part asks for (listed there), and `known`: the labelled images that the probes learn from.
+
+    config: the checkpoint's. Raises DataError for unfit images.
     """
-    if args.download:
-        there = {path.suffix for path in Path(args.data_dir).glob("**/*")}
-        if rank() == 0 and not there & {".bin", ".npy"}:
-            download(CIFAR_URL, CIFAR_MD5, Path(args.data_dir))
-        all_reduce(torch.zeros(1))  # the others wait
-    train, val = open_images(args.data_dir) if args.data_dir else make_world(args.seed)
+    train, val = open_images(args.data_dir) if args.data_dir else synthetic_dataset(args.seed)
     height, width, channels = train["images"][np.array([0])].shape[1:]
     if config is None:
         flags = {field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(Config)}
         size = args.image_size or min(height, width)
         config = Config(**flags | {"image_size": size, "num_channels": channels})
 
-    def collate(picked, extra):
-        height, width = picked["images"].shape[1:3]
-        if "position" in extra:
-            boxes = crop_boxes(extra["position"], height, width, args)
-        else:  # the largest square in the middle
-            side = min(height, width)
-            middle = [(height - side) / 2, (width - side) / 2, side, side, 0]
-            boxes = np.tile(np.float32(middle), (len(picked["images"]), 1))
-        return {**picked, "boxes": boxes}
+    def collate(picked, rng=None, rows=None):
+        n, height, width, channels = picked["images"].shape
+        if channels != config.num_channels:
+            raise DataError(f"{args.data_dir}: images of {channels} channels, expected {config.num_channels}")
+        if rng:
+            scale = np.float32(config.rope_rescale ** rng.uniform(-1, 1))  # shared by the update, so it is drawn first
+            return picked | {"rope_scale": scale, "boxes": crop_boxes(rng, rows, height, width, args)}
+        side = min(height, width)  # the largest square in the middle
+        middle = (height - side) / 2, (width - side) / 2, side, side, 0
+        return picked | {"boxes": np.full((n, 5), middle, np.float32)}
 
-    # The same ones in every run, in file order: a memory map is read from its beginning to its end.
-    labelled = np.flatnonzero(train["labels"] >= 0)
-    chosen = np.sort(labelled[permutation(len(labelled), FIXED, 0)[: args.probe_samples]])
+    # The same in every run, and in file order: a memory map is read from beginning to end.
+    labelled = np.flatnonzero(train["labels"][:] >= 0)
+    chosen = np.sort(np.random.default_rng(0).permutation(labelled)[: args.probe_samples])
     known = {name: Subset(array, chosen) for name, array in train.items()}
-    data = {"train": train, "val": val, "collate": collate, "config": config, "describe": describe, "report": report}
-    data["probed"] = (known, 0), (val, args.eval_samples)
-    return data | {"baselines": lambda: baselines(data, args)}
+    return {"train": train, "val": val, "known": known, "collate": collate, "config": config}
 
 
 def describe(metrics):
-    """One line for the progress bar."""
+    """The text of a log line."""
     titles = {"loss": "Loss", "loss_final": "Final", "loss_intermediate": "Intermediate"}
     titles |= {"knn_acc": "kNN", "probe_acc": "Probe"}
     return " | ".join(f"{title}: {metrics[name]:.4f}" for name, title in titles.items() if name in metrics)
 
 
 def report(metrics):
-    """The closing table: the features beside those that need no training, the loss beside trivial predictions."""
-    lines = ["frozen features: neither kNN nor probe, which need labelled images to learn from and to be tested on"]
+    """The closing table: the features next to those that need no training, the loss next to trivial predictions."""
+    lines = ["frozen features: no kNN and no probe, which need labels of training and validation images"]
     if "knn_acc" in metrics:
         lines = [f"{'frozen features':32}{'kNN':>8}{'probe':>8}"]
-        for title, prefix in {"this model": "", "untrained network": "untrained_", "raw pixels": "raw_"}.items():
+    for title, prefix in {"this model": "", "before training": "first_", "raw pixels": "raw_"}.items():
+        if f"{prefix}knn_acc" in metrics:
             lines.append(f"{title:32}{metrics[prefix + 'knn_acc']:8.4f}{metrics[prefix + 'probe_acc']:8.4f}")
     lines.append(f"{'prediction of the next patch':32}{'loss':>8}")
     rows = {"this model": "loss_final", "its layers before the last": "loss_intermediate"}
@@ -562,172 +490,127 @@ def report(metrics):
 
 
 def compute_loss(model, batch, carry, args):
-    """The loss of one micro-batch: images cut and flipped on the device, one RoPE scale for the whole update.
-
-    Returns this micro-batch's share of the update's loss, metrics as (sum, count) pairs, and no carry.
-    """
-    c = unwrap(model).config
-    draw = 2 * float(hash64(np.array([batch["step"]]), 8 * args.seed + 5)[0]) / 2**64 - 1  # uniform on [-1, 1)
-    scale = torch.full((), c.rope_rescale**draw, device=batch["images"].device)
-    loss, parts = losses(model(prepare(batch, c.image_size), scale), args, args.use_intermediate_loss)
-    return batch["share"] * loss, to_sums(parts, len(batch["images"])), None
+    """This micro-batch's share of the update's loss, metrics as (sum, count) pairs, and no carry."""
+    images = prepare(batch, unwrap(model).config.image_size)
+    loss, metrics = losses(model(images, batch["rope_scale"]), args, args.use_intermediate_loss)
+    return batch["share"] * loss, to_sums(metrics, len(images)), {}
 
 
 def features(output, args):
-    """What the probes see, [B, D] float32 on the CPU: the mean over patches of the output, or of --probe_layer."""
-    states = [output.embedding, *output.hidden_states, output.prediction][args.probe_layer]  # -1: the last of these
-    return states[:, 1:].float().mean(1).cpu()
-
-
-def in_file_order(batches):
-    """Every process's batches as one list: they were dealt out in turn, and the probes see the same on any number."""
-    return [batch for turn in itertools.zip_longest(*gather(batches)) for batch in turn if batch]
+    """What the probes get, float32 [B, D]: the mean over the patches of the output, or of --probe_layer."""
+    states = [output.embedding, *output.hidden_states, output.prediction][args.probe_layer]  # -1: the prediction
+    return states[:, 1:].float().mean(1).nan_to_num()  # eigh raises at NaN; the loss is NaN too, and its error names it
 
 
 @torch.no_grad()
 def evaluate(model, data, args):
-    """Validation means of the losses, and how good the frozen features are. Draws nothing from torch's generator."""
-    # One pass over the images the probes learn from and one over the validation images, which gives the losses too.
-    c, sums, pairs = model.config, {}, []
-    moment = torch.zeros(c.hidden_size + 1, c.hidden_size + 1, dtype=torch.float64)
-    for dataset, limit in data["probed"]:
+    """Validation means of the losses and of the collapse metrics; accuracies of the probes on the frozen features and,
+    as raw_..., on the pixels of the images at 16 x 16 or less (at 32 x 32 the probes would take 10 s).
+    """
+    size, sums, probed = model.config.image_size, {}, []
+    for dataset, limit in (data["known"], 0), (data["val"], args.eval_samples):
         mine = []
         for batch in eval_batches(dataset, args, data["collate"], limit):
             with autocast(args):
-                output = model(prepare(batch, c.image_size))
-            mine.append((features(output, args), batch["labels"].cpu()))
+                output = model(prepare(batch, size))
+            pixels = prepare(batch, min(size, 16)).flatten(1)
+            mine.append([x.cpu() for x in (batch["labels"], features(output, args), pixels)])
             if dataset is data["val"]:
-                _, parts = losses(output, args, every_layer=True)
-                parts["copy_loss"] = prediction_loss(output.embedding, output.embedding)
-                add_sums(sums, to_sums(parts, len(output.embedding)))
-                moment += second_moment(output.embedding)
-        pairs.append(in_file_order(mine))
-    moment, metrics = all_reduce(moment), means(sums)
-    if not math.isfinite(metrics["loss"]):  # the shared part names it and stops
-        return metrics
-    return metrics | collapse(moment) | probe(*pairs)
+                _, metrics = losses(output, args, every_layer=True)
+                metrics["copy_loss"] = prediction_loss(output.embedding, output.embedding)
+                add_sums(sums, to_sums(metrics | collapse(output.embedding), len(pixels)))
+        # In file order (batches are dealt out in turn), so that the probes do not depend on the number of processes.
+        batches = [batch for turn in itertools.zip_longest(*gather(mine)) for batch in turn if batch]
+        probed.append([torch.cat(parts) for parts in zip(*batches)])
+    metrics = means(sums)
+    if all(probed):  # else no training image is labelled
+        (y, x, pixels), (test_y, test_x, test_pixels) = probed
+        raw = probe(pixels, y, test_pixels, test_y)
+        metrics |= probe(x, y, test_x, test_y) | {f"raw_{name}": value for name, value in raw.items()}
+    return metrics
 
 
-def second_moment(embedding):
-    """Sum of u u^T over the patches of embedding [B, T, D], as unit vectors with a 1 put behind: float64 [D+1, D+1].
+def collapse(embedding):
+    """How much the target patches of embedding [B, T, D], as unit vectors, have collapsed to few directions.
 
-    So the last row holds the sum of u, and the corner their number.
+    Returns the mean cosine between two of them, the effective rank (exp of the entropy of the normalized singular
+    values: 1 for one direction, at most D; Roy and Vetterli 2007), and the loss of predicting their mean direction.
+    All within one batch: with fewer than 16 images, cosines are noticeably higher and the rank is lower.
     """
-    units = F.normalize(embedding[:, 1:].flatten(0, 1).float(), dim=1)
-    units = units.cpu() if units.device.type == "mps" else units  # which has no float64
-    units = F.pad(units.double(), (0, 1), value=1.0)  # float64: rounding looks like directions that are not there
-    return (units.T @ units).cpu()
+    patches = embedding[:, 1:].flatten(0, 1)
+    patches = patches.cpu() if patches.device.type == "mps" else patches  # MPS has no float64
+    units = F.normalize(patches.double(), dim=1)  # in float32, rounding would count as further directions
+    n, length = len(units), units.sum(0).norm()
+    singular = torch.linalg.eigvalsh((units.T @ units).nan_to_num()).clamp(min=0).sqrt()
+    rank = torch.special.entr(F.normalize(singular, p=1, dim=0)).sum().exp()
+    cosine = (length**2 - n) / (n * max(n - 1, 1))  # without the n cosines of a patch with itself
+    return {"embed_cos": cosine, "effective_rank": rank, "constant_loss": -length / n}
 
 
-def collapse(moment):
-    """How far the target patches, as unit vectors, have collapsed to few directions. moment: see second_moment.
+def probe(x, y, test_x, test_y):
+    """Accuracy on test_x of kNN and ridge regression, fitted to x: float [n, D] each, with int64 labels y, test_y [n].
 
-    Returns the mean cosine of two of them, the effective rank (exp of the entropy of the singular values, Roy and
-    Vetterli 2007: from 1, one direction, to D) and the loss of the best constant prediction, their mean direction.
+    kNN: majority of the 20 nearest by cosine of the 64 largest whitened components. Ridge: to one-hot labels, with the
+    penalty that predicts most samples of x right when each is left out of the fit. Test samples with a label below 0
+    are ignored; returns {} if none is left.
     """
-    count, length = float(moment[-1, -1]), float(moment[-1, :-1].norm())
-    singular = torch.linalg.eigvalsh(moment[:-1, :-1]).clamp(min=0).sqrt()
-    singular = singular / singular.sum()
-    return {
-        "embed_cos": (length**2 - count) / (count * max(count - 1, 1)),
-        "effective_rank": float(torch.special.entr(singular).sum().exp()),
-        "constant_loss": -length / count,
-    }
-
-
-def probe(known, tested):
-    """Accuracy on tested of kNN and a ridge probe, both fitted on known: lists of (features [B, D], labels [B]).
-
-    Test images without a label (-1) do not count. Without any labels there is no accuracy: {}.
-    """
-    if not known:  # no training image is labelled
+    test_x, test_y = test_x[test_y >= 0], test_y[test_y >= 0]
+    if not len(test_y):
         return {}
-    (x, y), (test_x, test_y) = ([torch.cat(parts) for parts in zip(*pairs)] for pairs in (known, tested))
-    labelled, mean = test_y >= 0, x.double().mean(0)
-    if not labelled.any():
-        return {}
-    x, test_x, test_y = x.double() - mean, test_x[labelled].double() - mean, test_y[labelled]
-    if len(x) < x.shape[1]:  # directions in which no two known samples differ do not matter, and cost much
-        basis = torch.linalg.qr(x.T).Q  # [D, n]
-        x, test_x = x @ basis, test_x @ basis
-    variance, axes = torch.linalg.eigh(x.T @ x / len(x))  # in ascending order
-    inputs = x @ axes, y, test_x @ axes, test_y, variance
-    return {"knn_acc": knn(*inputs), "probe_acc": ridge(*inputs)}
+    mean, targets = x.double().mean(0), F.one_hot(y).double()
+    x, test_x = x - mean, test_x - mean
+    variance, axes = torch.linalg.eigh(x.T @ x / len(x))  # ascending
+    relative = variance / variance[-1]
+    # The mean of LayerNorm outputs does not vary along its gain: whitening must not amplify the rounding left there.
+    kept = relative > 1e-10
+    relative, axes = relative[kept], axes[:, kept] / variance[kept].sqrt()
+    x, test_x = x @ axes, test_x @ axes  # now x.T @ x = len(x) * identity
 
+    near = F.normalize(x[:, -64:], dim=1)
+    parts = test_x[:, -64:].split(1000)  # bounds the memory
+    nearest = torch.cat([(part @ near.T).topk(min(20, len(x))).indices for part in parts])
 
-def knn(x, y, test_x, test_y, variance, k=20, size=64):
-    """Accuracy of the vote of the k nearest known samples, by the cosine of the last `size` whitened components.
+    weights, offset = x.T @ targets / len(x), targets.mean(0)  # least squares; a penalty shrinks each component
 
-    x, test_x: principal components, float64 [n, D] and [m, D]; variance: theirs, [D], ascending; y, test_y: labels.
-    """
-    # A mean of LayerNorm's outputs has no variance along its gain: what rounding leaves there is not to be blown up.
-    kept = variance > 1e-10 * variance[-1]
-    near, far = (F.normalize((v / variance.sqrt())[:, kept][:, -size:], dim=1) for v in (x, test_x))
-    nearest = torch.cat([(part @ near.T).topk(min(k, len(x)), dim=1).indices for part in far.split(1000)])
-    return float((y[nearest].mode(dim=1).values == test_y).double().mean())
+    def ridge(penalty):
+        """How many samples of x are predicted right by the fit to all others; the weights [D, classes]."""
+        shrinkage = relative / (relative + penalty)
+        shrunk = shrinkage[:, None] * weights
+        leverage = (1 + x.square() @ shrinkage) / len(x)  # weight of a sample's own target in its prediction
+        others = x @ shrunk + offset - leverage[:, None] * targets  # times 1 - leverage: same argmax
+        return int((others.argmax(1) == y).sum()), shrunk
 
-
-def ridge(x, y, test_x, test_y, variance):
-    """Accuracy of ridge regression to the one-hot labels; inputs as in knn.
-
-    The penalty is the one with which most known samples are predicted rightly by the fit to all others.
-    """
-    targets = F.one_hot(y).double()
-    offset = targets.mean(0)
-
-    def fit(penalty):
-        """That number of samples, and the weights [D, classes]; components make the system diagonal."""
-        inverse = 1 / (variance + penalty * variance[-1] + 1e-30)
-        weights = inverse[:, None] * (x.T @ targets) / len(x)
-        leverage = (1 + x.square() @ inverse) / len(x)  # the part of its own target in a sample's prediction
-        others = x @ weights + offset - leverage[:, None] * targets  # times 1 - leverage, which leaves argmax as it is
-        return int((others.argmax(1) == y).sum()), weights
-
-    _, weights = max((fit(10.0**exponent) for exponent in range(1, -7, -1)), key=lambda found: found[0])
-    return float(((test_x @ weights + offset).argmax(1) == test_y).double().mean())
-
-
-@torch.no_grad()
-def baselines(data, args):
-    """kNN and probe accuracy of features that need no training, as final metrics. One process computes them."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(args.seed)  # the weights a run starts from without --init_from
-        model = Model(data["config"]).to(args.device).eval()
-    # Raw pixels of larger images are averaged down to 32 x 32: 3,072 numbers, whose eigenvectors take 8 s on one core.
-    size, pairs = model.config.image_size, {"untrained_": ([], []), "raw_": ([], [])}
-    for i, (dataset, limit) in enumerate(data["probed"]):
-        for batch in fixed_batches(dataset, args.batch_size, args.device, limit=limit, collate=data["collate"]):
-            labels = batch["labels"].cpu()
-            with autocast(args):
-                pairs["untrained_"][i].append((features(model(prepare(batch, size)), args), labels))
-            pairs["raw_"][i].append((prepare(batch, min(size, SIDE)).flatten(1).cpu(), labels))
-    return {prefix + name: value for prefix, both in pairs.items() for name, value in probe(*both).items()}
+    _, weights = max((ridge(10.0**exponent) for exponent in range(1, -7, -1)), key=lambda found: found[0])
+    predicted = {"knn_acc": y[nearest].mode(1).values, "probe_acc": (test_x @ weights + offset).argmax(1)}
+    return {name: float((labels == test_y).double().mean()) for name, labels in predicted.items()}
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
+DATA_FLAGS = ("data_dir",)
+EVAL_FLAGS = ("probe_layer", "probe_samples")
+DEMO = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "lr": 1e-3, "max_train_steps": 400, "warmup_steps": 20}
+DEMO |= {"eval_interval": 100}
+
 
 def add_method_args(parser):
-    """Add this script's flags. Returns the names of those that bring data, the demonstration's defaults, the flags that
-    --eval_only may be given anew, and check(args), which calls parser.error for what would mislead.
-    """
+    """Add this script's flags, and its defaults of the shared ones."""
     flag = flag_group(parser, "data")
-    flag("--data_dir", None, "folder of CIFAR-10's .bin files or of images.npy, labels.npy; without it, textures")
-    flag("--download", False, "fetch CIFAR-10 (162 MB) into --data_dir, where it is not there yet")
+    flag("--data_dir", None, "folder of images.npy and labels.npy; without it, a synthetic dataset of textures")
     flag("--image_size", 0, "side of the images the model sees; 0: the data's shorter side")
     flag("--crop_scale", 0.35, "smallest part of the area that a random crop keeps", 0.01, 1)
-    flag("--flip_prob", 0.5, "part of the images flipped left to right", 0, 1)
+    flag("--flip_prob", 0.5, "probability of a left-right flip", 0, 1)
     flag = flag_group(parser, "model")
     flag("--patch_size", 4, "side of a patch", 1)
-    flag("--hidden_size", 96, "width; 4 * num_heads divides it", 1)
+    flag("--hidden_size", 96, "width, a multiple of 4 * num_heads", 1)
     flag("--num_layers", 6, "blocks", 1)
     flag("--num_heads", 3, "attention heads", 1)
     flag("--mlp_hidden", 0, "width of the MLP; 0: 4 * hidden_size")
     flag("--gated_mlp", False, "SwiGLU instead of GELU")
     flag("--qk_norm", True, "LayerNorm on queries and keys")
-    flag("--qk_norm_affine", False, "with a gain and a shift")
+    flag("--qk_norm_affine", False, "with gain and bias")
     flag("--layerscale_value", 1.0, "initial LayerScale; published: 1e-5, for long runs")
-    flag("--rope_rescale", 2.0, "largest random stretching of the positions in training", 1)
+    flag("--rope_rescale", 2.0, "largest random factor of the positions in training", 1)
     flag = flag_group(parser, "deep supervision")
     flag("--use_intermediate_loss", False, "the loss at every layer, not only at the last")
     flag("--intermediate_loss_weight", 1.0, "weight of the mean over layers 1 .. L-1")
@@ -737,58 +620,47 @@ def add_method_args(parser):
     parser.set_defaults(
         batch_size=64, max_train_steps=1500, lr=2e-3, weight_decay=0.05, min_lr_ratio=0.0, ema_decay=0.99
     )
-    demo = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "lr": 1e-3, "max_train_steps": 400, "warmup_steps": 20}
-    demo |= {"eval_interval": 100}
 
-    def check(args):
-        if args.download and not args.data_dir:
-            parser.error("--download needs the --data_dir to download to")
-        if args.intermediate_loss_weight != 1 and not args.use_intermediate_loss:
-            parser.error("--intermediate_loss_weight needs --use_intermediate_loss")
-        if args.probe_layer > args.num_layers:
-            parser.error(f"--probe_layer {args.probe_layer} must be at most --num_layers {args.num_layers}")
 
-    return ["data_dir"], demo, ["probe_layer", "probe_samples"], check
+def check(args, error):
+    """Refuse flags that contradict each other."""
+    if args.intermediate_loss_weight != 1 and not args.use_intermediate_loss:
+        error("--intermediate_loss_weight needs --use_intermediate_loss")
+    if args.probe_layer > args.num_layers:
+        error(f"--probe_layer {args.probe_layer} must be at most --num_layers {args.num_layers}")
 
 
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
-#   Config, Model(config), to_our_names(weights), which renames published weights
-#   add_method_args(parser) -> see there
-#   make_data(args, config) -> dict. config: the checkpoint's Config, None in a new run. Keys: train, val (datasets as
-#     data.py wants them), collate, config, describe(metrics) -> text of a log line, report(metrics) -> text at the end,
-#     baselines() -> metrics of the final line; where it applies, predict(model) -> text (instead of an evaluation)
-#   compute_loss(model, batch, carry, args) -> loss, sums, carry. The batch holds step and share (see train); it may
-#     hold counts. carry: None, or what each row takes along: tensors [B, ...], among them `drawn` (how many samples the
-#     row has taken before) and `halted` (whether it needs another one)
-#   evaluate(model, data, args) -> means, with a "loss"
-
+#   Config; Model(config); to_our_names(weights), which renames published weights
+#   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
+#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, error): error(text) refuses the flags
+#   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
+#     predict(model) -> text, which replaces the evaluation. The argument config: the checkpoint's, None in a new run
+#   compute_loss(model, batch, carry, args) -> loss, sums (see add_sums), carry. The batch holds step and share (see
+#     train). carry: {} at first, then what each row takes along to the next update, tensors [B, ...]
+#   evaluate(model, data, args) -> means, with a "loss"; describe(metrics) -> text of a log line
+#   report(metrics) -> closing text on the last validation; best_... and first_... (untrained) metrics stand beside it
 
 SCRIPT = Path(__file__).stem
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # both set by torchrun; ignore RANK without WORLD_SIZE
+RANK = int(os.environ.get("RANK", 0)) % WORLD
 
 
 # ---- processes, precision, metrics ----
 
 
-def rank():
-    return int(os.environ.get("RANK", 0)) % world_size()  # torchrun sets both; a lone RANK of a cluster says nothing
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The tensor, summed over the processes in place: CPU tensors travel by gloo, CUDA tensors by nccl."""
-    if dist.is_initialized():
+    """The tensor, summed over the processes in place: CPU tensors by gloo, CUDA tensors by nccl."""
+    if WORLD > 1:
         dist.all_reduce(tensor, op)
     return tensor
 
 
 def gather(value):
     """value of every process (anything that pickles), as a list in order of rank."""
-    values = [value] * world_size()
-    if dist.is_initialized():
+    values = [value] * WORLD
+    if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
 
@@ -800,9 +672,8 @@ def unwrap(model):
 
 
 def autocast(args):
-    """Mixed precision as --dtype says; float32 is none at all."""
-    device_type = torch.device(args.device).type
-    return torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+    """Mixed precision as --dtype says; none for float32."""
+    return torch.autocast(args.device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
 
 def to_sums(values, count):
@@ -820,8 +691,8 @@ def add_sums(sums, more):
 def over_processes(sums):
     """The sums of all processes together, as floats. A CPU-GPU sync point."""
     totals = {}
-    for mine in gather({name: (float(total), float(count)) for name, (total, count) in sums.items()}):
-        add_sums(totals, mine)
+    for part in gather({name: (float(total), float(count)) for name, (total, count) in sums.items()}):
+        add_sums(totals, part)
     return totals
 
 
@@ -830,30 +701,21 @@ def means(sums):
     return {name: total / count for name, (total, count) in over_processes(sums).items() if count}
 
 
-def require_finite(step, split, metrics):
+def require_finite(step, metrics):
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise DataError(f"step {step}: {split} {name} is {value}, expected a finite number; the checkpoint stays")
-
-
-def first_line(error):
-    """What an exception says, in one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+            raise DataError(f"step {step}: {name} is {value}, expected a finite number; the checkpoint stays")
 
 
 def say(text):
     """Print on the first process, above the progress bar."""
-    if rank() == 0:
+    if RANK == 0:
         tqdm.write(text)
 
 
-# ---- signals: the first one ends the run in good order, a second one at once ----
+# ---- signals: the first ends the run cleanly, a second one kills it ----
 
 RECEIVED = []
-
-
-class Stopped(Exception):
-    """A signal came while the model was evaluated; its number is the argument."""
 
 
 def receive(number, _):
@@ -863,36 +725,31 @@ def receive(number, _):
 
 @contextlib.contextmanager
 def catch_signals():
-    before = {}
+    """While the body runs; the handlers before are restored at its end."""
     RECEIVED.clear()  # of an earlier run in this process
-    with contextlib.suppress(ValueError, AttributeError):  # a thread may set no handlers, Windows has but two of these
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name)
-            before[number] = signal.signal(number, receive)
-    try:
+    with contextlib.ExitStack() as restore:
+        with contextlib.suppress(ValueError, AttributeError):  # only the main thread may; Windows lacks the last two
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name)
+                restore.callback(signal.signal, number, signal.signal(number, receive))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def received_signal():
-    """The number of a signal that any process has received since the last call, or 0, the same on all of them."""
-    number = RECEIVED.pop() if RECEIVED else 0
-    return int(all_reduce(torch.tensor(number), dist.ReduceOp.MAX))
+    """The number of a signal that any process has received, or 0; the same on all of them."""
+    return int(all_reduce(torch.tensor(max(RECEIVED, default=0)), dist.ReduceOp.MAX))
 
 
 def eval_batches(dataset, args, collate, limit=0):
-    """This process's share of one pass over a dataset in order (data.fixed_batches), with progress on a terminal.
+    """This process's share of one pass over a dataset (see data.fixed_batches), with progress on a terminal.
 
-    limit: only the first so many samples; 0: all. Raises Stopped on every process when one has received a signal.
+    A signal cuts the pass short; validate discards the result.
     """
-    batches = fixed_batches(dataset, args.batch_size, args.device, rank(), world_size(), limit, collate)
-    for batch in tqdm(batches, "evaluating", leave=False, disable=rank() > 0 or None):  # None: where is no terminal
-        if number := received_signal():
-            raise Stopped(number)
-        if batch:  # in the last round some processes may have none
-            yield batch
+    batches = fixed_batches(dataset, collate, args.device, args.batch_size, RANK, WORLD, limit)
+    for batch in tqdm(batches, "evaluating", leave=False, disable=RANK > 0 or None):  # None: off without a terminal
+        yield batch
+        if RECEIVED:
+            return
 
 
 # ---- flags ----
@@ -915,7 +772,9 @@ def flag_group(parser, title):
         def number(text):
             value = kind(text)
             if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"{text!r}, expected {low} to {high}")
+                raise argparse.ArgumentTypeError(
+                    f"{text!r}, expected {f'at least {low}' if value < low else f'at most {high}'}"
+                )
             return value
 
         if kind is bool:
@@ -929,9 +788,9 @@ def flag_group(parser, title):
     return flag
 
 
-# What --resume may be given anew; of batch_size and grad_accum only the product with the processes has to stay.
+# What --resume may change; of batch_size and grad_accum only the product with the number of processes must stay.
 MAY_CHANGE = (
-    "batch_size grad_accum max_train_steps eval_interval log_interval save_interval device compile "
+    "batch_size grad_accum max_train_steps eval_interval log_interval device compile "
     "wandb_mode wandb_project run_name out_dir resume eval_only"
 )
 
@@ -944,75 +803,67 @@ def parse_args():
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
         allow_abbrev=False,
     )
-    if rank() > 0:
-        parser.error = lambda message: sys.exit(time.sleep(1) or 2)  # the first process says it
     flag = flag_group(parser, "training")
     flag("--batch_size", 32, "samples per micro-batch and process", 1)
     flag("--grad_accum", 1, "micro-batches per update", 1)
     flag("--max_train_steps", 1000, "updates in all", 1)
     flag("--lr --learning_rate", 1e-3, "peak learning rate")
-    flag("--min_lr_ratio", 0.1, "end of the cosine, in parts of --lr; 1: constant", 0, 1)
+    flag("--min_lr_ratio", 0.1, "final learning rate as a fraction of --lr; 1: constant", 0, 1)
     flag("--warmup_steps", 100, "updates of linear warm-up")
     flag("--weight_decay", 0.1, "AdamW's, on matrices only")
     flag("--beta1", 0.9, "AdamW's", 0, 0.999999)
     flag("--beta2", 0.95, "AdamW's", 0, 0.999999)
-    flag("--grad_clip", 1.0, "largest norm of the gradient; 0: no limit")
-    flag("--ema_decay", 0.0, "of the averaged weights that are evaluated; 0: none", 0, 0.999999)
-    flag("--seed", 0, "of the weights, the order and the built-in world", 0, 2**32 - 1)
+    flag("--grad_clip", 1.0, "largest gradient norm; 0: no limit")
+    flag("--ema_decay", 0.0, "of the averaged weights, which are then the ones evaluated; 0: none", 0, 0.999999)
+    flag("--seed", 0, "of the weights, the order and the synthetic dataset", 0, 2**32 - 1)
     flag("--init_from", None, "start from the weights in this file: a run's best.pt or ckpt.pt, or published ones")
     flag = flag_group(parser, "machine")
     flag("--device", "auto", "auto (CUDA if there), cpu, cuda, mps, ...")
     flag("--dtype", "auto", "auto: bfloat16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
     flag("--compile", "auto", "torch.compile; auto: on CUDA", choices=["auto", "on", "off"])
-    flag("--grad_checkpoint", False, "recompute in the backward pass: the same gradient, less memory")
+    flag("--grad_checkpoint", False, "recompute activations in the backward pass: same gradient, less memory")
     flag = flag_group(parser, "evaluation, output")
-    flag("--eval_interval", 500, "updates between evaluations", 1)
+    flag("--eval_interval", 500, "updates between evaluations, each of which saves a checkpoint", 1)
     flag("--eval_samples", 0, "validation samples to use; 0: all")
     flag("--log_interval", 100, "updates between lines of metrics.jsonl", 1)
-    flag("--save_interval", 500, "updates between checkpoints; 0: with best.pt only")
     flag("--out_dir", None, f"folder of the run (default: a new out/{SCRIPT}-DATE-TIME)")
-    flag("--resume", False, "go on with the run in --out_dir, with its flags; start it where there is none")
+    flag("--resume", False, "continue the run in --out_dir, with its flags; start it if there is none")
     flag("--eval_only", False, "evaluate the best checkpoint of the run in --out_dir")
     flag("--wandb_mode", "disabled", "Weights & Biases", choices=["disabled", "offline", "online"])
     flag("--wandb_project", "deep-supervision", "Weights & Biases")
     flag("--run_name", None, "Weights & Biases (default: the folder's name)")
-    data_flags, demo, evaluation, check = add_method_args(parser)
-    sizes = " ".join(f"--{name} {value}" for name, value in demo.items())
-    parser.epilog = f"Without --{data_flags[0]} the demonstration has defaults of its own:\n{sizes}"
+    add_method_args(parser)
+    parser.epilog = f"Without --{DATA_FLAGS[0]} the demonstration has defaults of its own:\n{DEMO}"
 
-    args = parser.parse_args()
+    args, checkpoint = parser.parse_args(), None
     if args.out_dir is None and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
     folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
-    latest, best, checkpoint = folder / "ckpt.pt", folder / "best.pt", None
-    if args.eval_only or args.resume and latest.exists():
-        checkpoint = load_checkpoint(best if args.eval_only and best.exists() else latest)
+    path = folder / ("best.pt" if args.eval_only else "ckpt.pt")
+    if args.eval_only or args.resume and path.exists():
+        checkpoint = load_checkpoint(path)
         parser.set_defaults(**checkpoint["args"])
     elif not args.resume and (folder / "metrics.jsonl").exists():
         parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
-    elif not getattr(args, data_flags[0]):
-        parser.set_defaults(**demo)
-    args = parser.parse_args()  # what is on the command line, over what was set above
-    if checkpoint:
-        free = {*MAY_CHANGE.split(), *data_flags}
-        if args.eval_only:
-            free |= {*evaluation, "eval_samples", "dtype"}
-        for name, value in checkpoint["args"].items():
-            if name not in free and value != (now := getattr(args, name)):
-                parser.error(f"--{name} {now} conflicts with the run in {folder}, which has {value}")
+    elif not getattr(args, DATA_FLAGS[0]):
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args()  # now the command line overrides the defaults set above
+    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if args.eval_only else ())}
+    stored = checkpoint["args"] if checkpoint else {}
     for name, value in vars(args).items():
         if value == "":
-            parser.error(f"--{name} is empty, expected a value")  # a shell variable that is not set
-    check(args)
+            parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
+        if name not in free and value != stored.get(name, value):
+            parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {stored[name]}")
+    check(args, parser.error)
     args.out_dir = str(folder)
-    args.flags = vars(args) | {"resume": False}  # as asked for, before auto is resolved: for the checkpoint and wandb
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.device = {"auto": cuda if torch.cuda.is_available() else "cpu", "cuda": cuda}.get(args.device, args.device)
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # every backend has its own way to say that it is not there
-        parser.error(f"--device {args.device}: {first_line(error)}")
-    on_cuda = args.device.startswith("cuda")
+    args.flags = dict(vars(args))  # with auto unresolved: for the checkpoint and wandb
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with expecting("a device of this machine", f"--device {device}"):
+        args.device = torch.zeros(1, device=device).device
+    on_cuda = args.device.type == "cuda"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if args.compile == "auto":
@@ -1023,66 +874,26 @@ def parse_args():
 # ---- files ----
 
 
-def write_atomically(path, write):
-    """write(file) into a temporary file beside path, then rename: path holds the old content or the new, never half.
-
-    Raises DataError when that fails, on a full disk for one.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except Exception as error:  # torch.save has its own types
-        temporary.unlink(missing_ok=True)  # a full disk keeps no half file
-        raise DataError(f"{path}: cannot be written ({first_line(error)}), expected a folder with room") from None
-
-
-def read_file(path, expected):
-    """What torch.save wrote to path, on the CPU. Raises DataError that says what was expected."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # nothing else needs this package
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling and zip errors come in many types
-        expected = "pip install safetensors" if isinstance(error, ImportError) else expected
-        raise DataError(f"{path}: cannot be read ({first_line(error)}), expected {expected}") from None
-
-
 def load_checkpoint(path):
-    """The checkpoint at path: see Run.save; its config is a Config. Raises DataError if it is none of this script's."""
-    checkpoint = read_file(path, "the checkpoint of a run")
-    try:
+    """The checkpoint at path (see Run.save), its config as a Config. Raises DataError if it is not this script's."""
+    with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint | {"config": Config(**checkpoint["config"])}
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: {first_line(error)}, expected a checkpoint of this version of {SCRIPT}.py") from None
-
-
-def load_state(model, weights):
-    """Load weights, a dict of tensors by name. Raises ValueError that names what does not fit or is not finite."""
-    for name, value in weights.items():
-        if not value.isfinite().all():
-            raise ValueError(f"weight {name} is not finite, expected numbers")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(first_line(error)) from None
 
 
 def load_weights(model, path):
-    """--init_from: the weights of a checkpoint (the averaged ones where there are any), or published ones."""
-    weights = read_file(path, "weights saved by torch.save")
-    try:
+    """--init_from: the weights of a checkpoint (averaged if there are any), or published ones. Raises DataError."""
+    with expecting("weights of this model (for .safetensors, pip install safetensors)", path):
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # the only use of this package
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
         for wrapper in ("ema", "model", "state_dict"):
             weights = weights.get(wrapper) or weights
         bare = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in weights.items()}
-        load_state(model, to_our_names(bare))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: {first_line(error)}") from None
+        model.load_state_dict(to_our_names(bare))
 
 
 # ---- optimizer ----
@@ -1092,19 +903,15 @@ def learning_rate(step, args):
     """Linear warm-up, then a cosine from lr to lr * min_lr_ratio at the last update."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.max_train_steps - args.warmup_steps)
-    return args.lr * (args.min_lr_ratio + (1 - args.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+    progress = (step - args.warmup_steps) / (args.max_train_steps - args.warmup_steps)
+    return args.lr * (args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def make_optimizer(model, args):
-    """AdamW, weight decay on matrices only; fused (one kernel for all parameters) where torch has it."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if (p.ndim >= 2) == matrices], "weight_decay": args.weight_decay * matrices}
-        for matrices in (True, False)
-    ]
-    fused = args.device.startswith(("cpu", "cuda")) or None
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=fused)
+    """AdamW, weight decay on matrices only; fused: one kernel for all parameters."""
+    matrices = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay}
+    vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], betas=(args.beta1, args.beta2), fused=True)
 
 
 # ---- the run ----
@@ -1113,104 +920,99 @@ def make_optimizer(model, args):
 class Run:
     """All that changes during a run, how it is logged and how it is saved."""
 
-    parts = ("model", "ema", "optimizer", "scaler")  # saved as state dicts
-    values = ("step", "sizes", "last", "best", "seconds", "sums", "wandb_id")  # saved as they are
-    step, seconds, wandb_id = 0, 0.0, None
-    last, best = {"step": -1}, {"loss": math.inf}  # metrics of the last and of the best validation
-
     def __init__(self, args, data, checkpoint):
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
-        self.num_rows = args.batch_size * args.grad_accum * world_size()  # samples of an update
-        self.sizes = {"--batch_size * --grad_accum * processes": self.num_rows}
-        self.sizes |= {f"{split} data": fingerprint(data[split], data["collate"]) for split in ("train", "val")}
+        self.num_rows = args.batch_size * args.grad_accum * WORLD  # samples of an update
+        # The rows of an update that each micro-batch of this process takes: int64 [grad_accum, batch_size].
+        self.parts = np.arange(self.num_rows).reshape(WORLD, args.grad_accum, args.batch_size)[RANK]
+        self.must_match = f"{self.num_rows} = --batch_size * --grad_accum * processes, {fingerprint(data)}"
 
         torch.manual_seed(args.seed)
-        self.model = Model(data["config"]).to(args.device)
+        self.model = self.net = Model(data["config"]).to(args.device)
         self.model.grad_checkpoint = args.grad_checkpoint
         if args.init_from and not checkpoint:
             load_weights(self.model, args.init_from)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay else None
         self.optimizer = make_optimizer(self.model, args)
-        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.dtype == "float16")
-        self.net = self.model
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "float16")
+        self.saved = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         if args.compile == "on":
-            torch._dynamo.config.optimize_ddp = not args.grad_checkpoint  # torch 2.6 fails where it cuts checkpoints
             self.net = torch.compile(self.model)
-        if dist.is_initialized():
+        if WORLD > 1:
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
-        self.sums, self.carries = {}, [None] * args.grad_accum  # a carry for each micro-batch
+        self.step, self.sums, self.carries = 0, {}, [{}] * args.grad_accum  # a carry for each micro-batch
+        validations = {"first": {}, "last": {"step": -1}, "best": {"loss": math.inf}}  # their metrics
+        self.state = {**validations, "seconds": 0.0, "log_size": 0, "wandb_id": None}
         if checkpoint:
             self.restore(checkpoint)
-        self.open_log(checkpoint["log_size"] if checkpoint else 0)
-        self.loader = Loader(data["train"], self.num_rows, args.seed, args.device, data["collate"])
-        for micro in range(args.grad_accum):
-            self.request(micro, self.step)
+        self.open_log()
+        self.batches = training_batches(
+            data["train"], data["collate"], args.device, args.seed, self.num_rows, self.parts, self.step
+        )
 
     def restore(self, checkpoint):
-        """Go on where the checkpoint was saved, on any number of processes: bit for bit the run that never stopped."""
-        for name, then in checkpoint["sizes"].items():
-            if then != (now := self.sizes[name]):
-                raise DataError(f"{self.out_dir}: {name} is {now}, expected {then} as in the checkpoint")
-        for name in self.parts:
-            if part := getattr(self, name):
+        """Continue from the checkpoint, on any number of processes: bit for bit the uninterrupted run."""
+        if self.must_match != (then := checkpoint["must_match"]):
+            raise DataError(f"{self.out_dir}: {self.must_match}, expected, as in the checkpoint, {then}")
+        for name, part in self.saved.items():
+            if part:
                 part.load_state_dict(checkpoint[name])
-        for name in self.values:
-            setattr(self, name, checkpoint[name])
-        self.sums = self.sums if rank() == 0 else {}
-        for micro in range(self.args.grad_accum if checkpoint["carry"] else 0):
-            rows = (rank() * self.args.grad_accum + micro) * self.args.batch_size + torch.arange(self.args.batch_size)
-            self.carries[micro] = {name: x[rows].to(self.args.device) for name, x in checkpoint["carry"].items()}
+        self.step, self.state = checkpoint["step"], checkpoint["state"]
+        self.sums = checkpoint["sums"] if RANK == 0 else {}
+        carry = checkpoint["carry"].items()
+        self.carries = [{name: x[rows].to(self.args.device) for name, x in carry} for rows in self.parts]
         torch.set_rng_state(checkpoint["rng"])
 
-    @torch.no_grad()
-    def save(self, name):
-        """Write everything to out_dir/name. Raises DataError, and keeps the file, where a number is not finite."""
-        sums = over_processes(self.sums)
-        lengths = torch._foreach_norm(list(self.model.parameters()))  # one wait for the GPU, not one for each
-        totals = {key: total for key, (total, _) in sums.items()}
-        require_finite(self.step, "train", totals | {"norm of the weights": float(torch.stack(lengths).sum())})
-        mine = {key: torch.cat([carry[key] for carry in self.carries]).cpu() for key in self.carries[0] or ()}
-        shards = gather(mine)
-        if rank() > 0:
-            return
-        contents = {
-            "script": SCRIPT,
-            "config": dataclasses.asdict(self.model.config),
-            "args": self.args.flags,
-            **{key: part and part.state_dict() for key in self.parts for part in [getattr(self, key)]},
-            **{key: getattr(self, key) for key in self.values},
-            "sums": sums,
-            "carry": {key: torch.cat([shard[key] for shard in shards]) for key in mine},  # all rows in order
-            "rng": torch.get_rng_state(),  # nothing here draws on the GPU
-            "log_size": self.log_path.stat().st_size,
-        }
-        write_atomically(self.out_dir / name, lambda file: torch.save(contents, file))
+    def save(self, name, contents):
+        """Write contents, and what both checkpoints hold, to out_dir/name on the first process.
 
-    def request(self, micro, step):
-        """Order what a micro-batch of update `step` needs: a sample for every row, or for the rows that halted."""
-        args, carry = self.args, self.carries[micro]
-        first_row = (rank() * args.grad_accum + micro) * args.batch_size
-        drawn = carry["drawn"] if carry else torch.full((args.batch_size,), step)
-        self.loader.request(first_row, drawn, carry and carry["halted"])
+        Raises DataError, and keeps the old file, if a weight is not finite.
+        """
+        require_finite(self.step, {"norm of the weights": nn.utils.get_total_norm(self.model.parameters()).item()})
+        if RANK > 0:
+            return
+        contents |= {"script": SCRIPT, "step": self.step, "args": self.args.flags}
+        contents["config"] = dataclasses.asdict(self.model.config)
+        # Written beside it, then renamed: the file holds the old content or the new, never half.
+        path, temporary = self.out_dir / name, self.out_dir / f"{name}.tmp"
+        with expecting("a folder with room", path):
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(contents, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def save_latest(self):
+        """ckpt.pt: everything that --resume needs."""
+        carries = sum(gather([{name: x.cpu() for name, x in carry.items()} for carry in self.carries]), [])
+        contents = {name: part and part.state_dict() for name, part in self.saved.items()}
+        contents |= {"must_match": self.must_match, "state": self.state, "sums": over_processes(self.sums)}
+        # All rows in order, so that another number of processes can take them over.
+        contents["carry"] = {name: torch.cat([carry[name] for carry in carries]) for name in carries[0]}
+        contents["rng"] = torch.get_rng_state()  # nothing here draws on the GPU
+        self.save("ckpt.pt", contents)
 
     @torch.no_grad()
     def average(self):
-        """Move the averaged weights towards the weights; at first faster, or the first ones would stay in them."""
+        """Move the averaged weights towards the weights; faster at first, to forget the initial ones."""
         if self.ema:
             decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
-    def open_log(self, size):
-        """metrics.jsonl, of which size bytes belong to the run so far, Weights & Biases, the progress bar."""
+    def open_log(self):
+        """metrics.jsonl, of which log_size bytes belong to the run so far, Weights & Biases, the progress bar."""
         args, self.log_path, self.wandb = self.args, self.out_dir / "metrics.jsonl", None
-        disable = None if rank() == 0 and sys.stdout.isatty() else True  # None: where stderr is no terminal
-        self.bar = tqdm(total=args.max_train_steps, initial=self.step, disable=disable, dynamic_ncols=True)
-        if rank() > 0:
+        # disable=None: off if stderr is no terminal
+        self.bar = tqdm(total=args.max_train_steps, initial=self.step, disable=RANK > 0 or None)
+        if RANK > 0:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with open(self.log_path, "ab") as file:
-            file.truncate(min(size, file.tell()))  # what was logged after the checkpoint will be logged again
+            file.truncate(min(self.state["log_size"], file.tell()))  # later lines will be logged again
         if args.wandb_mode != "disabled":
             os.environ["WANDB_MODE"] = args.wandb_mode  # an empty one would be an error
             import wandb
@@ -1218,64 +1020,61 @@ class Run:
             self.wandb = wandb.init(
                 project=args.wandb_project,
                 name=args.run_name or self.out_dir.name,
-                dir=args.out_dir,
-                id=self.wandb_id,
+                dir=self.out_dir,
+                id=self.state["wandb_id"],
                 resume="allow",
                 config=args.flags,
             )
-            self.wandb.define_metric("*", step_metric="step")  # its own counter would drop what a resumed run logs anew
-            self.wandb_id = self.wandb.id
+            self.wandb.define_metric("*", step_metric="step")  # its own counter would drop what a resumed run repeats
+            self.state["wandb_id"] = self.wandb.id
 
     def log(self, split, metrics):
         """One line: to the file, to wandb under the same names (val/ and final/ before theirs), and for people."""
-        require_finite(self.step, split, metrics)
-        if rank() > 0:
+        require_finite(self.step, {f"{split} {name}": value for name, value in metrics.items()})
+        if RANK > 0:
             return
-        try:
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps({"step": self.step, "split": split, **metrics}) + "\n")
-        except OSError as error:
-            raise DataError(f"{self.log_path}: cannot be written ({error.strerror}), expected room") from None
+        with expecting("room", self.log_path), open(self.log_path, "a") as file:
+            file.write(json.dumps({"step": self.step, "split": split, **metrics}) + "\n")
+            self.state["log_size"] = file.tell()
         if self.wandb:
             prefix = "" if split == "train" else split + "/"
             self.wandb.log({prefix + name: value for name, value in metrics.items()} | {"step": self.step})
-        text = f"Step {self.step}/{self.args.max_train_steps}, {split.capitalize()} {self.data['describe'](metrics)}"
-        if split == "train" and not self.bar.disable:
-            self.bar.set_description_str(text)
-        elif split != "final":
-            say(text)
+        if split != "final":
+            say(f"Step {self.step}/{self.args.max_train_steps}, {split.capitalize()} {describe(metrics)}")
 
     def validate(self):
-        """Evaluate and log. Returns whether the loss is the lowest so far; then best.pt is saved."""
-        metrics = evaluate((self.ema or self.model).eval(), self.data, self.args)
+        """Evaluate, log and save. Returns the signal that came meanwhile, or 0; half an evaluation is discarded."""
+        model = self.ema or self.model
+        metrics = evaluate(model.eval(), self.data, self.args) | {"step": self.step}
         self.model.train()
+        if stop := received_signal():
+            return stop
         self.log("val", metrics)
-        self.last = {**metrics, "step": self.step}
-        if better := metrics["loss"] < self.best["loss"]:
-            self.best = self.last
-            self.save("best.pt")
-        return better
+        self.state |= {"last": metrics, "first": self.state["first"] or metrics}
+        if metrics["loss"] < self.state["best"]["loss"]:
+            self.state["best"] = metrics
+            self.save("best.pt", {"model": model.state_dict(), "metrics": metrics})
+        self.save_latest()
+        return 0
 
     def finish(self):
         """The closing line and table."""
         self.bar.close()
-        if rank() == 0:
-            final = self.last | {f"best_{name}": value for name, value in self.best.items()} | self.data["baselines"]()
-            self.log("final", final)
-            say(self.data["report"](final))
-            say(f"best checkpoint: {self.out_dir}/best.pt, of step {self.best['step']}")
+        final = dict(self.state["last"])
+        for which in ("first", "best"):
+            final |= {f"{which}_{name}": value for name, value in self.state[which].items()}
+        self.log("final", final)
+        say(f"{report(final)}\nbest checkpoint: {self.out_dir}/best.pt, of step {final['best_step']}")
 
 
 def shares(batches):
-    """What part of the update each micro-batch is: an update is one mean over all it holds, in all processes.
+    """The weight of each micro-batch in the update's loss, which is one mean over all micro-batches and processes.
 
-    A batch with more tokens weighs more: it says how much it holds (counts: float [k], a number for each part of the
-    loss). Batches that say nothing hold the same. DistributedDataParallel divides by the number of processes.
+    counts (float [k], a number for each part of the loss): how many tokens, say, a batch holds, and so how much it
+    weighs. Batches without counts weigh the same.
     """
-    if "counts" not in batches[0]:
-        return [1 / len(batches)] * len(batches)
-    counts = [batch.pop("counts") for batch in batches]
-    total = all_reduce(sum(counts)).clamp(min=1) / world_size()
+    counts = [batch.pop("counts", torch.ones(())) for batch in batches]
+    total = all_reduce(sum(counts)).clamp(min=1)
     return [count / total for count in counts]
 
 
@@ -1284,27 +1083,20 @@ def train(run):
     args, net, optimizer, scaler = run.args, run.net, run.optimizer, run.scaler
     while True:
         # Evaluate, save, leave. A signal ends the run here, after a whole update.
-        done, stop, better = run.step >= args.max_train_steps, received_signal(), False
-        if run.last["step"] < run.step and (done or run.step % args.eval_interval == 0):
-            try:
-                better = run.validate()
-            except Stopped as stopped:  # half an evaluation is none: the resumed run begins with it
-                (stop,) = stopped.args
-        if better or done or stop or args.save_interval and run.step % args.save_interval == 0:
-            run.save("ckpt.pt")  # with a new best.pt too: the two belong together
-        if done and run.last["step"] == run.step:
+        done, stop = run.step >= args.max_train_steps, received_signal()
+        if not stop and run.state["last"]["step"] < run.step and (done or run.step % args.eval_interval == 0):
+            stop = run.validate()
+        if stop:
+            run.save_latest()
+            say(f"stopped after step {run.step}; to continue: --resume --out_dir {args.out_dir!r}")
+            return 128 + stop
+        if done:
             run.finish()
             return 0
-        if stop:
-            run.bar.close()
-            launcher = "python" if world_size() == 1 else f"torchrun --nproc_per_node {world_size()}"
-            where = shlex.quote(args.out_dir)
-            say(f"stopped after step {run.step}; go on with: {launcher} {SCRIPT}.py --resume --out_dir {where}")
-            return 128 + stop
 
         # Fetch and accumulate.
         start = time.perf_counter()
-        batches = [run.loader.next() for _ in range(args.grad_accum)]
+        batches = [next(run.batches) for _ in range(args.grad_accum)]
         lr = learning_rate(run.step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1313,8 +1105,7 @@ def train(run):
             batch |= {"step": run.step, "share": share}
             with autocast(args):
                 loss, sums, run.carries[micro] = compute_loss(net, batch, run.carries[micro], args)
-            run.request(micro, run.step + 1)  # made in the background during the backward pass
-            scaler.scale(loss).backward()
+            scaler.scale(loss * WORLD).backward()  # DDP divides the gradient by it
             add_sums(run.sums, sums)
 
         # Step.
@@ -1322,82 +1113,68 @@ def train(run):
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         run.average()
         run.step += 1
         run.bar.update()
 
         # Log. A number that is not finite ends the run at the next line, evaluation or save.
-        overflow = ~norm.isfinite() & scaler.is_enabled()  # of float16, now and then: the scaler skips that update
-        add_sums(run.sums, {"grad_norm": (norm.masked_fill(overflow, 0.0), (~overflow).float())})
-        due = run.step == 1 or run.step % args.log_interval == 0 or run.step == args.max_train_steps
+        finite = norm.isfinite()  # not always in float16; the scaler skips that update
+        add_sums(run.sums, {"grad_norm": (norm.masked_fill(~finite, 0) / WORLD, finite / WORLD)})  # equal on all ranks
+        due = run.step % args.log_interval == 0 or run.step in (1, args.max_train_steps)
         metrics = means(run.sums) if due else {}  # waits for the GPU
-        run.seconds += time.perf_counter() - start  # without evaluating and saving
+        run.state["seconds"] += time.perf_counter() - start  # without evaluating and saving
         if due:
-            run.log("train", metrics | {"lr": lr, "samples": run.step * run.num_rows, "seconds": run.seconds})
+            more = {"lr": lr, "samples": run.step * run.num_rows, "seconds": run.state["seconds"]}
+            run.log("train", metrics | more)
             run.sums = {}
-
-
-def first_to_fail():
-    """Whether no other process has failed before this one: it alone says why."""
-    if not dist.is_initialized():
-        time.sleep(min(rank(), 1))  # torchrun ends the others when one has ended
-        return rank() == 0
-    try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the process that counted is gone
-        return False
 
 
 def launch():
     """Evaluate or train, as the flags say. Returns the exit code."""
     args, checkpoint = parse_args()
-    if args.device.startswith("cuda"):
+    if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32
-    if world_size() > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
     data = make_data(args, checkpoint and checkpoint["config"])
     if not args.eval_only:
         run = Run(args, data, checkpoint)
-        sizes = f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples"
-        say(f"{sizes}, {world_size()} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}")
+        say(
+            f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples, "
+            f"{WORLD} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}"
+        )
         with catch_signals():
             return train(run)
     model = Model(data["config"]).to(args.device).eval()
-    load_state(model, checkpoint["ema"] or checkpoint["model"])
-    if "predict" in data:
-        say(rank() == 0 and data["predict"](model))
-    else:
+    model.load_state_dict(checkpoint["model"])
+    if "predict" not in data:
         metrics = evaluate(model, data, args)
-        say(data["describe"](metrics))
-        say(rank() == 0 and data["report"](metrics | data["baselines"]()))
+        say(f"{describe(metrics)}\n{report(metrics)}")
+    elif RANK == 0:
+        say(data["predict"](model))
     return 0
 
 
 def main():
-    message = None
+    """Bad flags, data and files are one line, anything else is a traceback."""
+    code, message = 1, None
     try:
         code = launch()
-    except KeyboardInterrupt:  # before training has begun; from then on the run ends in good order
-        code = 130
-    except Exception as error:
-        code = 1
-        if isinstance(error, (DataError, OSError)):
-            message = f"error: {error}"
-        elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            message = f"error: {first_line(error)}; a smaller --batch_size or --grad_checkpoint needs less memory"
-        elif dist.is_initialized():
-            message = traceback.format_exc()
-        else:
+    except (DataError, OSError) as error:
+        message = f"error: {error}"
+    except Exception:
+        if WORLD == 1:
             raise
+        message = traceback.format_exc()
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(exit_code=int(message is not None))
-    message = message if message and first_to_fail() else None
-    if dist.is_initialized():  # no tidying up: freed in the wrong order, gloo and torch wait for each other's threads
-        if message:
-            print(message, file=sys.stderr)
+        sys.modules["wandb"].finish(exit_code=int(bool(message)))
+    if message and WORLD > 1:
+        time.sleep(min(RANK, 1))  # torchrun ends the others when one has ended: mostly the first alone says it
+        message = print(f"[rank {RANK}] {message}", file=sys.stderr)
+    if dist.is_initialized():  # no cleaning up: freed in the wrong order, gloo and torch wait for each other's threads
         sys.stdout.flush()
         os._exit(code)
     if code:

@@ -1,7 +1,7 @@
 """`pytest test_all.py`: the proofs, on the CPU, in a few minutes.  `python test_all.py`: the benchmark table.
 
-Every clever path (one causal pass, checkpointing, packed halting rows, accumulation, several processes, resuming) is
-checked against a slow and obvious reference written here, independently of the scripts. Times and memory are never
+Every clever path (one causal pass, checkpointing, packed rows, accumulation, several processes, resuming) is checked
+against a slow and obvious reference written here, independently of the scripts. Times and memory are never
 asserted; the benchmark prints them.
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import copy
 import datetime
 import functools
-import hashlib
 import inspect
 import io
 import itertools
@@ -28,7 +27,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -36,7 +34,6 @@ from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, read when it loads: no chatter
-os.environ["no_proxy"] = "127.0.0.1"  # the downloads tested here come from this machine
 
 import numpy as np
 import pytest
@@ -48,19 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepa_lm
 import nepa_deep
 import trm_deep
-from data import (
-    Concat,
-    DataError,
-    Loader,
-    Subset,
-    bucketed_window,
-    fixed_batches,
-    make_batch,
-    permutation,
-    sample_index,
-    to_device,
-    window_size,
-)
+from data import Concat, DataError, Subset, expecting, fixed_batches, pick, prefetch, training_batches
 
 HERE = Path(__file__).parent
 SCRIPTS = {"nepa_deep": nepa_deep, "trm_deep": trm_deep, "jepa_lm": jepa_lm}
@@ -72,16 +57,16 @@ TINY = {
     "jepa_lm": "--hidden_size 32 --num_heads 2 --num_layers 1 --sigreg 0",
 }
 COMMON = "--device cpu --batch_size 8 --max_train_steps 6 --warmup_steps 2 --eval_interval 3 --eval_samples 20"
-COMMON += " --log_interval 1 --save_interval 3"
+COMMON += " --log_interval 1"
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 # Runs in processes of their own are forked from a server that has imported torch and the scripts, and computed nothing.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_all"])
 if __name__ != "__main__":
     torch.set_num_threads(1)  # the fastest for tiny tensors
-if os.environ.get("FORK_SERVER"):  # this is that server: its children find the worlds ready
-    nepa_deep.make_world(0)
-    jepa_lm.make_world(0, False)
+if os.environ.get("FORK_SERVER"):  # this is that server: its children find the synthetic data ready
+    nepa_deep.synthetic_dataset(0)
+    jepa_lm.synthetic_dataset(0, False)
 os.environ["FORK_SERVER"] = "yes"
 
 
@@ -105,6 +90,14 @@ def parsed(script, flags):
     """The flags in force when the script is called with these."""
     with typed(script, flags):
         return SCRIPTS[script].parse_args()[0]
+
+
+def batch_of(data, index, update=None, rows=None, split="train"):
+    """These samples of a split, collated: with an update's number as in training, without as in validation."""
+    index = np.asarray(index)
+    rng = None if update is None else np.random.default_rng((0, 2, update))
+    batch = data["collate"](pick(data[split], index), rng, np.arange(len(index)) if rows is None else rows)
+    return {name: torch.as_tensor(value) for name, value in batch.items()}
 
 
 def dumps(name):
@@ -149,6 +142,8 @@ class Processes:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
         os.environ.update(environment)
+        for module in SCRIPTS.values():  # which read it when they were imported
+            module.RANK, module.WORLD = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         if prepare:
             prepare(int(environment["RANK"]))
         with typed(script, words):
@@ -188,10 +183,11 @@ def same(a, b):
 
 
 def close(lines_a, lines_b, tolerance):
-    """Whether metrics agree; not the cosines of what shares a micro-batch."""
+    """Whether metrics agree, but for times and for what compares the samples of one batch."""
     assert len(lines_a) == len(lines_b)
+    by_batch = re.compile("seconds|cos_(unpaired|targets)|embed_cos|effective_rank|constant_loss")
     for pair in zip(lines_a, lines_b, strict=True):
-        a, b = ({k: v for k, v in line.items() if k not in ("seconds", "cos_unpaired", "cos_targets")} for line in pair)
+        a, b = ({k: v for k, v in line.items() if not by_batch.search(k)} for line in pair)
         assert a.pop("split") == b.pop("split")
         assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
 
@@ -217,98 +213,100 @@ def saved_bytes(run_once, model, of=lambda tensor: True):
 # ==== data.py ========================================================================================================
 
 
-@pytest.mark.parametrize("size", [1, 2, 17, 1000])
-def test_every_epoch_visits_every_sample_once_in_an_order_of_its_own(size):
-    order = permutation(size, 0, 0)
-    taken = np.concatenate([sample_index(np.full(8, drawn), np.arange(8), 8, size, 0) for drawn in range(size)])
-    assert all(sorted(epoch) == list(range(size)) for epoch in [order, *taken.reshape(8, size)])
-    if size >= 17:
-        assert any(order != permutation(size, 0, 1)) and any(order != permutation(size, 1, 0))
-        assert abs(np.corrcoef(np.arange(size), order)[0, 1]) < 0.6
-
-
 class Word(str):
     length = property(len)
 
 
-def numbers(picked, extra):
-    return {"x": [len(word) for word in picked], **extra}
+def numbers(picked, rng=None, rows=None):
+    """The samples' numbers, 1 to 289, and what is random about them."""
+    x = np.array([len(word) for word in picked] if isinstance(picked, list) else picked["x"])
+    return {"x": x} if rng is None else {"x": x, "drawn": rng.random(rows[-1] + 1)[rows]}
 
 
 LENGTHS = np.arange(1, 290)
-NUMBERS = {"x": LENGTHS}, None  # a dataset of arrays, and one of samples of uneven length, with their collate functions
-WORDS = [Word("x" * n) for n in LENGTHS], numbers
+DATASETS = [{"x": LENGTHS}, [Word("x" * n) for n in LENGTHS]]  # arrays, and samples of uneven length
+each_dataset = pytest.mark.parametrize("dataset", DATASETS)
 
 
-@pytest.mark.parametrize("dataset,collate", [NUMBERS, WORDS])
-def test_processes_micro_batches_and_resumed_runs_get_the_samples_of_one_run(dataset, collate):
-    """Whatever was drawn before, however far ahead batches are made."""
-
-    def draw(first, size, *updates):
-        loader = Loader(dataset, 8, 3, "cpu", collate)
-        for update in updates:
-            loader.request(first, torch.full((size,), update))
-        return [loader.next() for _ in updates][-1]
-
-    for update in (0, 7, 40):
-        whole = draw(0, 8, update)
-        index = sample_index(np.full(8, update), np.arange(8), 8, 289, 3)
-        if collate:
-            index = bucketed_window(update // 32, 8, LENGTHS, 3)[update % 32]
-        assert whole["x"].tolist() == LENGTHS[index].tolist()
-        assert torch.equal(torch.cat([draw(first, 2, update)["x"] for first in (0, 2, 4, 6)]), whole["x"])
-        assert whole["position"].tolist() == list(range(update * 8, update * 8 + 8))
-        assert torch.equal(draw(0, 8, 0, 70, update)["x"], whole["x"])
+def drawn(dataset, num_rows, rows, updates, first=0, seed=3):
+    """The batches of these rows of so many updates."""
+    batches = training_batches(dataset, numbers, "cpu", seed, num_rows, [np.array(rows)], first)
+    return list(itertools.islice(batches, updates))
 
 
-def test_loader_draws_only_the_wanted_rows_in_request_order():
-    loader = Loader({"x": np.arange(50)}, 4, 0, "cpu")
-    loader.request(0, torch.tensor([1, 5, 1, 2]), torch.tensor([False, True, False, True]))
-    loader.request(0, torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.bool))
-    batch = loader.next()
-    assert batch["rows"].tolist() == [1, 3] and batch["position"].tolist() == [5 * 4 + 1, 2 * 4 + 3]
-    assert batch["x"].tolist() == sample_index(np.array([5, 2]), np.array([1, 3]), 4, 50, 0).tolist()
-    assert loader.next()["x"].shape == (0,)
+@each_dataset
+def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own(dataset):
+    epochs = [drawn(dataset, 17, range(17), 17, 17 * k, seed) for k, seed in ((0, 3), (1, 3), (0, 4))]
+    orders = [torch.stack([batch["x"] for batch in epoch]) for epoch in epochs]
+    assert all(order.flatten().sort().values.tolist() == LENGTHS.tolist() for order in orders)
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(orders, 2))
+    means = orders[0].double().mean(1).numpy()
+    assert abs(np.corrcoef(np.arange(17), means)[0, 1]) < 0.6  # short ones do not come first
+    spans = orders[0].max(1).values - orders[0].min(1).values
+    assert all((spans == 16) == isinstance(dataset, list))  # uneven samples are sorted, then cut
 
 
-@pytest.mark.parametrize("dataset,collate", [NUMBERS, WORDS])
-def test_validation_visits_every_sample_once_in_order(dataset, collate):
-    def batches(*world, limit=23):
-        passed = fixed_batches(dataset, 5, "cpu", *world, limit=limit, collate=collate)
-        return [batch and (batch["x"] - 1).tolist() for batch in passed]
+@each_dataset
+def test_processes_micro_batches_and_resumed_runs_get_the_samples_of_one_run(dataset):
+    whole = drawn(dataset, 8, range(8), 45)
+    assert same(drawn(dataset, 8, range(8), 1, first=44), whole[44:])  # of the second epoch
+    for rows in ([0, 1], [5, 6, 7]):
+        assert same(drawn(dataset, 8, rows, 45), [{name: x[rows] for name, x in batch.items()} for batch in whole])
+    pieces = training_batches(dataset, numbers, "cpu", 3, 8, np.arange(8).reshape(4, 2))
+    assert all(torch.equal(torch.cat([next(pieces)["x"] for _ in range(4)]), batch["x"]) for batch in whole)
 
-    whole = [list(range(first, min(first + 5, 23))) for first in range(0, 23, 5)]
-    assert batches() == whole and sum(batches(limit=0), []) == list(range(289))
-    assert batches(0, 2) == whole[::2] and batches(1, 2) == [*whole[1::2], None]  # as many rounds for every process
+
+def test_uneven_samples_are_sorted_32_updates_at_a_time_and_few_samples_repeat():
+    words = [Word("x" * n) for n in np.random.default_rng(0).integers(1, 50, 700)]
+    spans = [np.ptp(batch["x"].numpy()) for batch in drawn(words, 6, range(6), 116)]
+    assert 1 < np.mean(spans) < 2.5  # 50 lengths in 32 batches
+    small = drawn(words[:4], 9, range(9), 1)[0]["x"]
+    assert set(small.tolist()) == {len(word) for word in words[:4]} and len(small) == 9
+
+
+@each_dataset
+def test_validation_visits_every_sample_once_in_order_or_always_the_same_few(dataset):
+    def batches(rank=0, world=1, limit=0):
+        return [batch["x"].tolist() for batch in fixed_batches(dataset, numbers, "cpu", 50, rank, world, limit)]
+
+    whole = [LENGTHS[first : first + 50].tolist() for first in range(0, 289, 50)]
+    assert batches() == whole and batches(3, 4) == whole[3::4] and batches(7, 8) == []
+    some = sum(batches(limit=70), [])
+    assert some == sorted(set(some)) and len(some) == 70 and max(some) > 250  # not the first ones of a sorted file
+    assert batches(1, 2, limit=70) == [some[50:]]
 
 
 def test_concat_is_the_concatenation_and_subset_its_rows():
     chunks = [torch.randn(n, 2).half() for n in (3, 1, 4)]
     whole, index = torch.cat(chunks).float(), np.array([7, 0, 3, 3, 2])
     joined = Concat(chunks, "abc")
-    assert torch.equal(joined[index], whole[index])
+    assert torch.equal(joined[index], whole[index]) and len(joined) == 8
     assert torch.equal(Subset(joined, index)[np.array([1, 0])], whole[[0, 7]])
 
 
-def test_a_window_of_batches_is_the_unsorted_one_cut_by_length():
-    lengths = np.random.default_rng(0).integers(1, 50, 700)
-    batches = bucketed_window(3, 6, lengths, 5)
-    plain = np.concatenate([sample_index(np.full(6, 3 * 32 + k), np.arange(6), 6, 700, 5) for k in range(32)])
-    by_length = sorted(plain.tolist(), key=lambda i: lengths[i])
-    right = [by_length[k : k + 6] for k in range(0, 32 * 6, 6)]
-    assert sorted(batches.tolist()) == sorted(right)
-    assert abs(np.corrcoef(lengths[batches].mean(1), np.arange(32))[0, 1]) < 0.6  # in random order
-    assert [window_size(8, size) for size in (1, 8, 20, 4000)] == [1, 1, 2, 32]
-    assert sorted(bucketed_window(5, 4, np.array([3, 1, 2, 5]), 0)[0]) == [0, 1, 2, 3]  # a tiny set: no sample twice
+def test_batches_are_made_ahead_contiguous_and_only_pinned_memory_is_copied_without_waiting(monkeypatch):
+    made = []
+    batches = prefetch(lambda key: {"x": torch.full((2, 3), key).T, "n": made.append(key) or key}, [7, 8, 9], "cpu", 2)
+    x = next(batches)["x"]
+    assert x.is_contiguous() and x.shape == (3, 2) and len(list(batches)) == 2 and made == [7, 8, 9]
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "as_tensor", lambda value: value)
+    for device in ("cpu", "mps", "cuda:0"):
+        tensor, cuda = mock.MagicMock(), device == "cuda:0"
+        tensor.contiguous.return_value = tensor.pin_memory.return_value = tensor
+        next(prefetch(lambda key: {"x": key}, [tensor], device))
+        tensor.to.assert_called_once_with(device, non_blocking=cuda)
+        assert tensor.pin_memory.called == cuda
 
 
-def test_batches_are_contiguous_and_only_pinned_memory_is_copied_without_waiting():
-    batch = make_batch({"x": torch.arange(12).view(4, 3)}, np.array([2, 1]), {}, lambda picked, _: {"x": picked["x"].T})
-    assert batch["x"].is_contiguous() and batch["x"].tolist() == [[6, 3], [7, 4], [8, 5]]
-    for device, waits in {"cpu": True, "mps": True, "cuda:0": False}.items():
-        tensor = mock.Mock()
-        to_device({"x": tensor}, device)
-        tensor.to.assert_called_once_with(device, non_blocking=not waits)
+def test_an_error_is_one_line_and_leaves_the_background():
+    def make(error):
+        with expecting("good data", "file"):
+            raise error
+
+    for error, message in {TypeError(): "TypeError", OSError("bad\n  data"): "bad data"}.items():
+        with pytest.raises(DataError, match=f"^file: {message}, expected good data$"):
+            next(prefetch(make, [error], "cpu"))
 
 
 # ==== what holds for every script ====================================================================================
@@ -423,33 +421,33 @@ BAD_CHUNKS = {  # message -> the files
     "no training sequences": {"0.pt": x3[:1]},
     "chunk_1.pt: samples of shape": {"0.pt": x3, "1.pt": x3[:, :4]},
     "val_embeddings_chunk_0.pt: samples of shape": {"0.pt": x3, "val_embeddings_chunk_0.pt": x3[..., :2]},
-    "chunk_0.pt: the same chunk as train_embeddings_chunk_0.npy": {"0.pt": x3, "0.npy": x3.numpy()},
-    "chunk_00.pt: the same chunk as train_embeddings_chunk_0.pt": {"0.pt": x3, "00.pt": x3},
-    "torch.int64, 3, 5, 4]}, expected": {"0.pt": x3.long()},
-    "torch.int8, 3, 5, 4]}, expected": {"0.npy": x3.numpy().astype(np.int8)},
-    "torch.float32, 3, 5]}, expected": {"0.pt": x3[..., 0]},
-    "torch.float32, 0, 5, 4]}, expected": {"0.pt": x3[:0]},
-    "torch.float32, 3, 1, 4]}, expected": {"0.pt": x3[:, :1]},
-    "holds {'labels'": {"0.pt": {"labels": x3}},
-    "holds {'sequence': [<class 'list'>]}, expected": {"0.pt": [x3]},
+    "two files of the same train chunk": {"0.pt": x3, "0.npy": x3.numpy()},
+    "two files of the same val chunk": {"0.pt": x3, "val_embeddings_chunk_1.pt": x3, "val_embeddings_chunk_01.pt": x3},
+    "torch.int64 [3, 5, 4]'], expected": {"0.pt": x3.long()},
+    "torch.int8 [3, 5, 4]'], expected": {"0.npy": x3.numpy().astype(np.int8)},
+    "torch.float32 [3, 5]'], expected": {"0.pt": x3[..., 0]},
+    "torch.float32 [0, 5, 4]'], expected": {"0.pt": x3[:0]},
+    "torch.float32 [3, 1, 4]'], expected": {"0.pt": x3[:, :1]},
+    "holds ['labels: torch.float32 [3, 5, 4]'], expected": {"0.pt": {"labels": x3}},
+    "'list' object has no attribute 'is_floating_point', expected": {"0.pt": [x3]},
     "with the same N and T": {"0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
     "chunk_0.pt: sample 2 is not finite": {"0.pt": torch.cat([x3[:2], x3 / 0])},
     "chunk_0.pt: sample 3 is not finite or ends in zeros": {"0.pt": torch.cat([x3, F.pad(x3[:, :3], (0, 0, 0, 2))])},
-    "chunk_0.pt: cannot be read": {"0.pt": Path},  # pickled code: refused by weights_only
-    "chunk_1.pt: cannot be read": {"1.pt": b""},
-    "chunk_2.pt: cannot be read": {"2.pt": pickle.dumps(x3)[:99]},
-    "chunk_4.npy: cannot be read": {"4.npy": b"PK and no zip"},
+    "Weights only load failed": {"0.pt": Path},  # pickled code
+    "chunk_1.pt: mmap can only be used": {"1.pt": b""},
+    "expected a tensor saved by torch.save or np.save": {"2.pt": pickle.dumps(x3)[:99]},
+    "chunk_4.npy: ": {"4.npy": b"PK and no zip"},
+    "byte order": {"5.npy": x3.numpy().astype(">f4")},
 }
 BAD_IMAGES = {
-    "no images, expected images.npy or data_batch_": {},
-    "data_batch_1.bin: 3072 bytes, expected records of 3073": {"data_batch_1.bin": b"\0" * 3072},
-    "data_batch_1.bin: 0 bytes": {"data_batch_1.bin": b""},
+    "no images, expected images.npy": {},
+    "one image, expected two": {"images.npy": (1, 8, 8, 3)},
     "images.npy: float64 [20, 8, 8, 3], expected uint8": {"images.npy": np.zeros((20, 8, 8, 3))},
     "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C] or [N, H, W]": {"images.npy": (20, 8)},
     "images.npy: uint8 [0, 8, 8, 3], expected": {"images.npy": (0, 8, 8, 3)},
     "uint8 [20, 3, 8, 8], expected [N, H, W, C]: save images.transpose(0, 2, 3, 1)": {"images.npy": (20, 3, 8, 8)},
     "images.npy: uint8 [20, 1, 28, 28], expected [N, H, W, C]": {"images.npy": (20, 1, 28, 28)},
-    "images.npy: cannot be read": {"images.npy": np.array([None, {}], dtype=object)},
+    "images.npy: ": {"images.npy": np.array([None, {}], dtype=object)},
     "labels.npy: float64 [20], expected integers [20]": {"labels.npy": np.zeros(20)},
     "labels.npy: int64 [19], expected integers [20]": {"labels.npy": np.zeros(19, np.int64)},
     "image_size 9, expected a multiple of patch_size 8": {"images.npy": (20, 9, 9, 3)},
@@ -623,34 +621,46 @@ def test_published_names_are_renamed_own_ones_stay_and_misfits_are_refused():
     assert same(loaded.state_dict(), model.state_dict()) and not loaded.config.causal
     assert same(trm_deep.to_our_names(model.state_dict()), dict(model.state_dict()))
     del official["inner.H_init"]
-    with pytest.raises(ValueError, match="H_init"):
+    with pytest.raises(RuntimeError, match="H_init"):
         trm_deep.from_official(SMALL, official)
 
 
 # ==== trm_deep.py: no leak ===========================================================================================
 
 
-def train_on_noise(folder, as_dict=False, flags=""):
+FORMS = {  # of labels that are the next inputs, or nearly
+    "sequence": None,
+    "next": lambda y: y.double(),
+    "times two": lambda y: 2 * y,
+    "unit length": lambda y: F.normalize(y, dim=-1),
+    "noisy": lambda y: y + 0.1 * torch.randn(y.shape, generator=torch.Generator().manual_seed(6)),
+    "another encoder": lambda y: torch.cat([y.sin(), y], -1),
+}
+
+
+def train_on_noise(folder, form, flags=""):
     x = torch.randn(768, 9, 8, generator=torch.Generator().manual_seed(5))
     for split, part in {"train": x[:512], "val": x[512:]}.items():
-        shifted = {"input_embeddings": part[:, :-1].clone(), "labels": part[:, 1:].double()}
-        torch.save(shifted if as_dict else part, folder / f"{split}_embeddings_chunk_0.pt")
+        if FORMS[form]:
+            part = {"input_embeddings": part[:, :-1].clone(), "labels": FORMS[form](part[:, 1:])}
+        torch.save(part, folder / f"{split}_embeddings_chunk_0.pt")
+    flags += " --num_heads 2 --hidden_size 32 --L_layers 1 --L_cycles 1 --halt_max_steps 2 --batch_size 32"
     flags += (
-        " --num_heads 2 --hidden_size 32 --L_layers 1 --L_cycles 1 --halt_max_steps 2 --batch_size 32 --ema_decay 0"
+        f" --ema_decay 0 --data_folder {folder} --lr 3e-3 --max_train_steps 250 --warmup_steps 10 --eval_interval 50"
     )
-    flags += f" --data_folder {folder} --lr 3e-3 --max_train_steps 250 --warmup_steps 10 --eval_interval 50"
     lines = run("trm_deep", folder / "run", flags, tiny=False)
     return min(line["loss"] for line in lines if line["split"] == "val")
 
 
-@pytest.mark.parametrize("as_dict,flags", [(False, ""), (False, "--enable_deep_supervision"), (True, "")])
-def test_noise_cannot_be_predicted(tmp_path, as_dict, flags):
-    assert train_on_noise(tmp_path, as_dict, flags) >= 0.97
+@pytest.mark.parametrize("form", FORMS)
+def test_noise_cannot_be_predicted(tmp_path, form):
+    assert train_on_noise(tmp_path, form, "--enable_deep_supervision" if form == "sequence" else "") >= 0.97
 
 
-def test_the_noise_test_would_see_a_leak(tmp_path, monkeypatch):
-    monkeypatch.setattr(trm_deep, "predicts_next", lambda dataset: False)  # the source's bidirectional attention
-    assert train_on_noise(tmp_path) < 0.9
+@pytest.mark.parametrize("form", ["next", "noisy"])
+def test_the_noise_test_would_see_a_leak(tmp_path, form):
+    """The source's bidirectional attention."""
+    assert train_on_noise(tmp_path, form, "--bidirectional") < 0.9
 
 
 # ==== trm_deep.py: the loss ==========================================================================================
@@ -675,6 +685,7 @@ def deep_loss(schedule, num_steps=3, **more):
 
 @pytest.mark.parametrize("schedule,base,weights,total", WORKED)
 def test_weights_and_totals_are_the_documents(schedule, base, weights, total):
+    assert trm_deep.supervision_weights(len(weights), weights, base) == weights  # a list as well as text
     mine = trm_deep.supervision_weights(len(weights), schedule, base)
     assert mine == pytest.approx(weights, abs=5e-4) and sum(mine) == pytest.approx(total)
     loss, losses, each = deep_loss(schedule, len(weights))
@@ -683,7 +694,10 @@ def test_weights_and_totals_are_the_documents(schedule, base, weights, total):
     near(torch.stack(losses), each)
 
 
-@pytest.mark.parametrize("schedule", ["quadratic", "0.1,1.0", "1,1,0", "-1,1,1", "nan,1,1", "inf,1,1", ""])
+NO_SCHEDULES = ["quadratic", "0.1,1.0", "1,1,0", "-1,1,1", "nan,1,1", "inf,1,1", "", [1, 1], 3, None]
+
+
+@pytest.mark.parametrize("schedule", NO_SCHEDULES)
 def test_a_schedule_that_is_none_is_refused(schedule):
     with pytest.raises(ValueError, match="schedule"):
         trm_deep.supervision_weights(3, schedule, 0.5)
@@ -703,10 +717,12 @@ def test_the_curriculum_moves_the_intermediate_weights_from_its_start_to_its_end
     near(none, each[2])
     near(deep_loss("constant", curriculum=0.5)[0], (each * torch.tensor([0.25, 0.25, 1.0])).sum() / 1.5)
     cases = {(0, 0): [1, 1, 1, 1], (2, 6): [0, 0, 0.5, 1], (3, 3): [0, 0, 1, 1], (0, 8): [0, 0.25, 0.5, 1]}
-    for (start, end), values in cases.items():
+    for (start, end), ramp in cases.items():
         flags = f"--curriculum_start_step {start} --curriculum_end_step {end} --deep_supervision_weight 1"
-        sums = [loss_of(trm(), trm_batch(), flags, at)[1] for at in (0, 2, 4, 9)]
-        assert [float(each["supervision_weight"][0]) / 3 for each in sums] == values
+        for at, value in zip((0, 2, 4, 9), ramp):
+            sums = loss_of(trm(), trm_batch(), flags, at)[1]
+            losses, weights = [sums[f"step_{i}_loss"][0] for i in range(3)], (value, value, 1)
+            near(sums["loss"][0], sum(w * each for w, each in zip(weights, losses)) / sum(weights))
 
 
 def test_the_documents_training_loop_runs_as_written():
@@ -801,9 +817,9 @@ def trm_args(flags=""):
 
 
 def loss_of(model, batch, flags="", at=0):
-    rows, ones = torch.arange(len(batch["labels"])), torch.ones(len(batch["labels"]), dtype=torch.int32)
-    full = {**batch, "rows": rows, "min_steps": ones, "step": at, "share": 1.0}
-    return trm_deep.compute_loss(model, full, None, trm_args(flags))
+    minimum = torch.ones(len(batch["labels"]), dtype=torch.int32)
+    full = {**batch, "min_steps": minimum, "step": at, "share": 1.0}
+    return trm_deep.compute_loss(model, full, {}, trm_args(flags))
 
 
 def test_the_l_cycles_add_their_losses():
@@ -874,24 +890,30 @@ def test_rows_halt_when_sure_or_at_the_last_step_but_not_before_their_minimum():
     assert halts(+5.0, **minimum) == [no, no, [True, True]]  # evaluation always runs all steps
 
 
-def test_exploration_is_drawn_per_sample_with_the_asked_probability():
+def test_exploration_is_drawn_per_row_with_the_asked_probability_however_the_update_is_split():
     data = trm_deep.make_data(parsed("trm_deep", "--halt_max_steps 4 --halt_exploration_prob 0.25"))
-    extra = dict.fromkeys(("rows", "position"), np.arange(4000))
-    drawn = make_batch(data["train"], np.arange(4000), extra, data["collate"])["min_steps"]
-    assert (drawn > 1).float().mean().item() == pytest.approx(0.25, abs=0.03) and set(drawn.tolist()) == {1, 2, 3, 4}
+    drawn = batch_of(data, range(4000), 7)["min_steps"]
+    assert (drawn > 1).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.bincount(drawn)[2:].min() > 280 and len(torch.bincount(drawn)) == 5  # 2, 3 and 4 equally often
+    part = np.array([5, 17, 90])
+    assert torch.equal(batch_of(data, part, 7, rows=part)["min_steps"], drawn[part])
+    assert not torch.equal(batch_of(data, range(4000), 8)["min_steps"], drawn)
 
 
-def test_training_takes_a_fresh_sample_only_for_halted_rows(tmp_path, monkeypatch):
-    taken, real = [], trm_deep.compute_loss
+def test_training_gives_a_fresh_sample_to_the_rows_that_halted_alone(tmp_path, monkeypatch):
+    seen, real = [], trm_deep.compute_loss
 
     def spy(model, batch, carry, args):
         *rest, new = real(model, batch, carry, args)
-        taken.append((len(batch["rows"]), int(carry["halted"].sum()) if carry else 8, int(new["steps"][0])))
+        old = carry["labels"] if carry else batch["labels"]
+        halted = carry["halted"] if carry else torch.ones(8, dtype=torch.bool)
+        seen.append(halted.sum().item())
+        assert torch.equal(new["labels"], torch.where(halted[:, None, None], batch["labels"], old))
         return *rest, new
 
     monkeypatch.setattr(trm_deep, "compute_loss", spy)
     run("trm_deep", tmp_path)
-    assert taken == [(8, 8, 1), (0, 0, 2), (0, 0, 3)] * 2
+    assert seen == [8, 0, 0] * 2  # halt_max_steps 3
 
 
 def test_the_halting_head_learns_who_is_right():
@@ -944,9 +966,9 @@ def test_evaluation_may_take_each_rows_answer_at_the_first_step_where_q_is_posit
 # ==== trm_deep.py: data ==============================================================================================
 
 
-def test_the_built_in_world_follows_its_rule():
+def test_the_synthetic_dataset_follows_its_rule():
     """One story at a time, bit by bit, from the words of the docstring."""
-    train, val = (each["bits"] for each in trm_deep.make_world())
+    train, val = (each["bits"] for each in trm_deep.synthetic_dataset())
     for story in [*train[::5000].tolist(), *val[::500].tolist()]:
         for t in range(12):
             j = t
@@ -962,7 +984,7 @@ def test_the_built_in_world_follows_its_rule():
 def test_a_sentence_is_right_when_its_signs_decode_or_its_cosine_is_high():
     Q, data = trm_deep.codebook(0), trm_deep.make_data(parsed("trm_deep", ""))
     near(Q @ Q.T, torch.eye(16))
-    labels = make_batch(data["val"], np.arange(2), {}, data["collate"])["labels"]
+    labels = batch_of(data, range(2), split="val")["labels"]
     near(labels.square().mean(), torch.tensor(1.0))  # predicting zero scores 1
     wrong = 0.1 * labels
     wrong[1, 2] -= (wrong[1, 2] @ Q[5]) * Q[5] * 1.1  # one sign of one sentence turned over
@@ -974,7 +996,7 @@ def test_a_sentence_is_right_when_its_signs_decode_or_its_cosine_is_high():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype, capsys):
+def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype):
     x = torch.randn(11, 5, 4).to(dtype)
     chunks = {
         "10.pt": x[6:9],
@@ -985,15 +1007,14 @@ def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype, capsys)
     }
     train, val = trm_deep.open_folder(folder_with(tmp_path, chunks))
     assert torch.equal(train["sequence"][np.arange(9)], x[:9].float()) and len(val["sequence"]) == 2
-    assert capsys.readouterr().out.count("some train chunks are missing, 3 are numbered 0 to 10") == 1
     if Path("/proc/self/maps").exists():
         assert str(tmp_path / "train_embeddings_chunk_10.pt") in Path("/proc/self/maps").read_text()
 
 
-def test_npy_chunks_of_any_order_more_than_files_may_be_open_and_a_held_out_tenth(tmp_path):
+def test_more_npy_chunks_than_files_may_be_open_and_a_held_out_tenth(tmp_path):
     x = np.random.default_rng(0).standard_normal((200, 4, 6)).astype(np.float16)
     chunks = {f"{i}.npy": x[2 * i : 2 * i + 2] for i in range(100)}
-    folder_with(tmp_path, chunks | {"0.npy": x[:2].astype(">f2"), "1.npy": np.asfortranarray(x[2:4])})
+    folder_with(tmp_path, chunks | {"1.npy": np.asfortranarray(x[2:4])})
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
     try:
@@ -1034,27 +1055,24 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
     # Other data are read in the units of the run, and must fit it.
     args = parsed("trm_deep", f"--eval_only --out_dir {tmp_path}/0.006/run --data_folder {tmp_path}/1")
     data = trm_deep.make_data(args, config)
-    assert data["config"] == config and data["collate"]({"sequence": x}, {})["labels"].std() > 50
-    for message, size in {"causal is False": 8, "output_size is 3": 3}.items():
+    assert data["config"] == config and data["collate"]({"sequence": x})["labels"].std() > 50
+    for size in (8, 3):
         value = {"input_embeddings": x, "labels": torch.randn(200, 7, size)}
         args.data_folder = str(folder_with(tmp_path / f"size {size}", {"0.pt": value}))
-        with pytest.raises(DataError, match=f"size {size}: {message}, expected"):
+        with pytest.raises(DataError, match=f"size {size}: .*'output_size': {size}, 'separate_labels': True.*"):
             trm_deep.make_data(args, config)
 
 
-def test_attention_is_causal_whenever_labels_are_the_next_inputs(tmp_path):
+def test_attention_is_causal_unless_asked_and_labels_have_a_scale_of_their_own(tmp_path, capsys):
     x = torch.randn(20, 7, 8)
-    symbols = torch.randn(4, 8)[torch.randint(4, (20, 7))]
-    symbols[0] = 0.0  # an empty puzzle agrees with itself at every shift
-    cases = [(x[:, :-1].half(), x[:, 1:].half()), (x[:, :-1].bfloat16(), x[:, 1:]), (x[:, :-2], x[:, 2:].half())]
-    cases += [(symbols, symbols.flip(0)), (x, x[:, :, :4].flip(0))]
-    cases = [{"input_embeddings": inputs.float(), "labels": labels.float()} for inputs, labels in cases]
-    assert list(map(trm_deep.predicts_next, [{"sequence": x}, *cases])) == [True] * 4 + [False] * 2
-    folder = folder_with(tmp_path / "data", {"0.pt": dict(reversed(cases[-1].items()))})  # labels first
-    final = run("trm_deep", tmp_path / "run", f"--data_folder {folder}")[-1]
-    config = load(tmp_path / "run")["config"]
-    assert not config["causal"] and config["halt_position"] == 0 and len(config["normalization"]["labels"][0]) == 4
-    assert "zero_loss" in final and "copy_loss" not in final
+    folder = folder_with(tmp_path / "data", {"0.pt": {"labels": x.flip(0)[..., :4], "input_embeddings": x}})
+    for flags, causal in (("", True), ("--bidirectional", False)):
+        final = run("trm_deep", tmp_path / f"run{causal}", f"--data_folder {folder} {flags}")[-1]
+        config = load(tmp_path / f"run{causal}")["config"]
+        assert config["causal"] is causal and config["halt_position"] == -causal
+        assert [len(mean) for mean, _ in config["normalization"].values()] == [8, 4]
+        said = "attention is causal; --bidirectional for labels that are not later inputs"
+        assert capsys.readouterr().out.count(said) == causal and "zero_loss" in final and "copy_loss" not in final
 
 
 def test_a_trained_model_can_be_given_more_or_fewer_cycles(tmp_path, capsys):
@@ -1062,12 +1080,12 @@ def test_a_trained_model_can_be_given_more_or_fewer_cycles(tmp_path, capsys):
     printed = []
     for flags in ("", "--H_cycles 1", "--H_cycles 4", "--halt_max_steps 1", "--L_cycles 2"):
         run("trm_deep", tmp_path, f"--eval_only {flags}", tiny=False)
-        printed.append(re.findall(r"after each H cycle: Steps: \[(.*)\]\n", capsys.readouterr().out)[-1].split(", "))
+        printed.append(re.findall(r"after each H cycle: \[(.*)\]\n", capsys.readouterr().out)[-1].split(", "))
     assert [len(losses) for losses in printed] == [2, 1, 4, 2, 2]
     assert printed[0][-1] == f"'{best:.4f}'" and len({tuple(each) for each in printed}) == 5
     # With one supervision step from the start, the first cycles are the same, however many come after.
     run("trm_deep", tmp_path, "--eval_only --H_cycles 1 --halt_max_steps 1", tiny=False)
-    assert f"Steps: [{printed[3][0]}]" in capsys.readouterr().out
+    assert f"cycle: [{printed[3][0]}]" in capsys.readouterr().out
 
 
 # ==== trm_deep.py: prediction ========================================================================================
@@ -1093,7 +1111,7 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, capsy
     assert sizes == [2] * 6 + [1] * 3 and "trained on" not in capsys.readouterr().out  # pieces of --batch_size
     checkpoint = load(tmp_path / "run", "best.pt")
     model = trm_deep.Model(trm_deep.Config(**checkpoint["config"])).eval()
-    model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+    model.load_state_dict(checkpoint["model"])
     sequence = torch.from_numpy(prefix)
     for _ in range(3):
         outputs = real(model, {"input_embeddings": sequence})
@@ -1105,7 +1123,7 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, capsy
 
     floats = "finite floats \\[T, 96\\] or"
     for name, content, message in (
-        ("zip", b"PK and no zip", "cannot be read"),
+        ("zip", b"PK and no zip", "expected a tensor saved by"),
         ("complex", prefix * 1j, floats),
         ("narrow", prefix[..., :5], floats),
         ("nan", prefix * np.nan, floats),
@@ -1120,13 +1138,13 @@ def test_predict_gives_separate_labels_at_every_position_in_their_own_units(tmp_
     x = torch.randn(40, 7, 6) + 2
     y = 50 * x.flip(1)[..., :3] - 9
     folder = folder_with(tmp_path, {"0.pt": {"input_embeddings": x, "labels": y}})
-    run("trm_deep", folder / "run", f"--data_folder {folder} --hidden_size 32 --num_heads 2 --batch_size 4")
+    run("trm_deep", folder / "run", f"--data_folder {folder} --bidirectional --halt_max_steps 1 --L_cycles 1")
     np.save(tmp_path / "in.npy", x)
     more_cycles = f"--eval_only --H_cycles 5 --predict {folder}/in.npy {folder}/out.npy"
     run("trm_deep", folder / "run", more_cycles, tiny=False)
     checkpoint = load(folder / "run", "best.pt")
     model = trm_deep.Model(trm_deep.Config(**checkpoint["config"] | {"H_cycles": 5})).eval()
-    model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+    model.load_state_dict(checkpoint["model"])
     mean, label_mean = x[:36].mean((0, 1)), y[:36].mean((0, 1))
     scale, label_scale = (v.square().mean().sqrt() for v in (x[:36] - mean, y[:36] - label_mean))
     logits = trm_deep.answer(model, {"input_embeddings": (x - mean) / scale})["logits"]
@@ -1139,9 +1157,9 @@ VIT = {"image_size": 12, "patch_size": 4, "hidden_size": 16, "num_layers": 3, "n
 KINDS = [{}, {"gated_mlp": True, "mlp_hidden": 10}, {"qk_norm": False}, {"qk_norm_affine": True}]
 
 
-def vit(seed=0, **changes):
+def vit(**changes):
     """A small model away from its initialisation: biases, norms and scales differ from entry to entry."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = nepa_deep.Model(nepa_deep.Config(**{**VIT, **changes}))
     for p in model.parameters():
         if p.ndim == 1:
@@ -1149,12 +1167,12 @@ def vit(seed=0, **changes):
     return model
 
 
-def pictures(B=2, height=12, width=12, seed=1):
-    return torch.randn(B, 3, height, width, generator=torch.Generator().manual_seed(seed))
+def pictures(B=2, height=12, width=12):
+    return torch.randn(B, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def reference_vit(model, image, scale):
-    """The specification in words, for one image: embedding, states, prediction."""
+    """The specification, step by step, for one image: embedding, states, prediction."""
     c = model.config
     rows, columns = (side // c.patch_size for side in image.shape[1:])
 
@@ -1205,11 +1223,11 @@ def loss_at(model, images, every_layer):
 def test_blank_patches_keep_the_gradient_sane_at_init(layerscale, every_layer):
     torch.manual_seed(0)
     model = nepa_deep.Model(nepa_deep.Config(**VIT | {"image_size": 32, "layerscale_value": layerscale}))
-    ordinary, half, norms = pictures(2, 32, 32), pictures(2, 32, 32), []
+    ordinary, half = pictures(4, 32, 32).chunk(2)
     half[:, :, 16:] = 0
-    for images in (ordinary, half, torch.zeros_like(half), torch.full_like(half, 128 / 127.5 - 1)):
-        norms.append(grad_norm(loss_at(model, images, every_layer), model))
-    assert max(norms) < 100 * norms[0]  # without the guard: 1e6 and more
+    inputs = ordinary, half, torch.zeros_like(half), torch.full_like(half, 128 / 127.5 - 1)
+    norms = [grad_norm(loss_at(model, images, every_layer), model) for images in inputs]
+    assert max(norms) < 100 * norms[0]  # without the guard: 1e6 times
     assert torch.equal(model.embed(ordinary)[:, 1:], model.patch(ordinary).flatten(2).transpose(1, 2))
 
 
@@ -1234,7 +1252,7 @@ OFFICIAL = {
 
 
 def official_weights(model):
-    """The model's weights under the published names, written down here a second time."""
+    """The model's weights by their published names, from a second copy of the table."""
     weights = {}
     for name, p in model.state_dict().items():
         layer, part, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(\w+)(\.\w+)?", name).groups()
@@ -1256,7 +1274,6 @@ def test_published_weights_load_by_their_names(changes, capsys):
     weights = official_weights(model)
     in_order = {name: weights[name] for name in sorted(weights)}  # as .safetensors has them: key before query
     bare = {name.removeprefix("vit_nepa."): value.numpy() for name, value in weights.items()}
-    assert not capsys.readouterr().out
     head = {"classifier.weight": torch.ones(3, 16), "vit_nepa.pooler.dense.bias": torch.ones(16)}
     for given in (weights, in_order, bare, model.state_dict(), weights | head):
         loaded = nepa_deep.from_official(official_config(**changes), given)
@@ -1268,9 +1285,9 @@ def test_published_weights_that_do_not_fit_are_named():
     weights, config = official_weights(vit()), official_config()
     key = "vit_nepa.encoder.layer.0.attention.attention.key.bias"
     bad = {r"layers.0.qkv.bias.*\[32\]": {name: weights[name] for name in weights if name != key}}
-    bad |= {"decoder.bias": weights | {"vit_nepa.decoder.bias": torch.ones(3)}}
+    bad["decoder.bias"] = weights | {"vit_nepa.decoder.bias": torch.ones(3)}
     for message, given in bad.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(RuntimeError, match=message):
             nepa_deep.from_official(config, given)
     for name, value in {"is_causal": False, "qkv_bias": False, "hidden_act": "relu"}.items():
         with pytest.raises(ValueError, match=f"{name} .*expected"):
@@ -1296,8 +1313,7 @@ def test_parity_with_the_published_vit(path):
     losses = {"loss": final.item(), "loss_intermediate": sum(layers).item() / len(layers)}
     assert losses == pytest.approx({name: float(dump[name]) for name in losses}, abs=1e-6)
     for loss, name in ((total, "total"), (final, "loss")):
-        norm = grad_norm(loss, model, retain_graph=True)
-        assert norm == pytest.approx(float(dump[f"grad_norm_{name}"]), rel=1e-5)
+        assert grad_norm(loss, model, retain_graph=True) == pytest.approx(float(dump[f"grad_norm_{name}"]), rel=1e-5)
 
 
 # ==== nepa_deep.py: the loss =========================================================================================
@@ -1323,9 +1339,9 @@ def test_every_layer_but_the_last_counts_in_the_intermediate_loss():
     alone = nepa_deep.prediction_loss(output.embedding, output.prediction)
     for mine, right in ((loss, expected), (loss_final, final), (alone, final)):
         near(mine, right, 1e-6)
-        # The same gradient too: it sees whether the target is detached and whether a layer counts that should not.
-        more = {"inputs": list(model.parameters()), "retain_graph": True, "allow_unused": True}
-        for a, b in zip(torch.autograd.grad(mine, **more), torch.autograd.grad(right, **more)):
+        # The gradient too: it shows whether the target is detached and which layers count.
+        how = {"retain_graph": True, "allow_unused": True}
+        for a, b in zip(*(torch.autograd.grad(x, list(model.parameters()), **how) for x in (mine, right))):
             near(a, b, 1e-5)
     for states in ([], output.hidden_states[:1]):  # none before the last
         loss, loss_final, values = nepa_deep.intermediate_loss(output.embedding, states, output.prediction)
@@ -1334,7 +1350,7 @@ def test_every_layer_but_the_last_counts_in_the_intermediate_loss():
 
 def test_the_losses_stay_finite_at_zero_and_know_their_range():
     zero, x = torch.zeros(1, 4, 8, requires_grad=True), torch.randn(1, 4, 8)
-    following = x.roll(-1, 1)  # predicts at t what stands at t + 1
+    following = x.roll(-1, 1)  # at t, the target at t + 1
     for loss in (nepa_deep.prediction_loss, lambda a, b: nepa_deep.intermediate_loss(a, [], b)[0]):
         assert loss(x, zero).item() == loss(zero, x).item() == 0
         assert torch.autograd.grad(loss(x, zero), zero)[0].isfinite().all()
@@ -1360,33 +1376,36 @@ def test_the_intermediate_loss_weight_and_its_metrics(tmp_path):
     off = run("nepa_deep", tmp_path / "off", "--use_intermediate_loss False")
     for line in off:  # validation has them as a diagnosis
         assert line["loss"] == line["loss_final"] and ("loss_intermediate" in line) == (line["split"] != "train")
-    names = "loss_layer_1 loss_layer_2 copy_loss constant_loss knn_acc raw_knn_acc untrained_knn_acc probe_acc"
-    assert {*names.split(), "raw_probe_acc", "untrained_probe_acc", "embed_cos", "effective_rank"} <= off[-1].keys()
+    names = "loss_layer_1 loss_layer_2 copy_loss constant_loss knn_acc raw_knn_acc first_knn_acc best_knn_acc"
+    assert {*names.split(), "probe_acc", "raw_probe_acc", "embed_cos", "effective_rank"} <= off[-1].keys()
 
 
-def test_positions_are_stretched_by_one_factor_an_update(monkeypatch):
+def test_crops_and_the_one_scale_of_positions_belong_to_an_update_however_it_is_split(monkeypatch):
     scales, real, args, model = [], nepa_deep.rotary, parsed("nepa_deep", "--device cpu"), vit(num_layers=1)
     monkeypatch.setattr(nepa_deep, "rotary", lambda *inputs: scales.append(float(inputs[4])) or real(*inputs))
-    batch = {"images": torch.zeros(1, 12, 12, 3), "boxes": torch.tensor([[0.0, 0, 12, 12, 0]]), "share": 1}
-    for step in range(1000):  # two micro-batches each
-        nepa_deep.compute_loss(model, batch | {"step": step // 2}, None, args)
+    data = nepa_deep.make_data(args)
+    for update in range(1000):
+        whole, part = batch_of(data, range(4), update), batch_of(data, [5, 6], update, np.array([0, 2]))
+        assert torch.equal(whole["boxes"][[0, 2]], part["boxes"])
+        for batch in (whole, part):
+            nepa_deep.compute_loss(model, batch | {"share": 1}, {}, args)
     assert scales[::2] == scales[1::2]
     quarters, _ = np.histogram(np.log2(scales), bins=4, range=(-1, 1))
-    assert quarters.sum() == 1000 and quarters.min() > 180  # from 1/2 to 2, uniform in the logarithm
+    assert quarters.sum() == 2000 and quarters.min() > 360  # from 1/2 to 2, uniform in the logarithm
 
 
 # ==== nepa_deep.py: data =============================================================================================
 
 
-def test_the_built_in_textures():
-    train, val = nepa_deep.make_world(0)
+def test_the_synthetic_textures():
+    train, val = nepa_deep.synthetic_dataset(0)
     images, labels = train["images"], train["labels"]
     assert images.shape == (8000, 32, 32, 3) and len(val["images"]) == 2000 and images.dtype == np.uint8
     assert (np.bincount([*labels, *val["labels"]]) == 1000).all()
     assert np.ptp(images.reshape(-1, 8, 4, 8, 4, 3), (2, 4, 5)).all()  # no patch is constant
     assert np.isin(images, (0, 255)).mean() < 0.05
-    assert not np.array_equal(nepa_deep.make_world(1)[0]["images"], images)
-    # A label means an orientation and a period: most of the spectrum lies near that wave.
+    assert not np.array_equal(nepa_deep.synthetic_dataset(1)[0]["images"], images)
+    # A label is an orientation and a period: most of the spectrum is near that wave.
     wave = np.fft.fftfreq(32)[:, None] * 1j + np.fft.fftfreq(32)
     for label in range(10):
         textures = nepa_deep.textures(np.random.default_rng(0), np.full(100, label))
@@ -1395,25 +1414,6 @@ def test_the_built_in_textures():
         assert (3.5, 6)[label // 5] < 1 / (abs(wave) * power).sum() < (7, 12)[label // 5]
         near = (np.angle(wave, deg=True) - 45 * (label % 5) + 30) % 180 < 60
         assert label % 5 == 4 or power[near].sum() > 0.6
-
-
-def cifar_folder(folder):
-    """Random CIFAR-10 binary batches; returns images [20, 32, 32, 3] and labels of the training part."""
-    records = np.random.default_rng(0).integers(256, size=(26, 3073), dtype=np.uint8)
-    records[:, 0] = np.arange(26) % 10
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(("data_batch_1", "data_batch_2", "test_batch"), np.split(records, [12, 20]), strict=True):
-        part.tofile(folder / f"{name}.bin")
-    colours = np.split(records[:20, 1:], 3, axis=1)  # red, green, blue, each [20, 1024]
-    return np.stack(colours, -1).reshape(20, 32, 32, 3), records[:20, 0]
-
-
-@pytest.mark.parametrize("inside", ["", "cifar-10-batches-bin"])
-def test_cifar_binary_batches_are_read_as_images(tmp_path, inside):
-    images, labels = cifar_folder(tmp_path / inside)
-    train, val = nepa_deep.open_images(tmp_path)
-    assert np.array_equal(train["images"], images) and np.array_equal(train["labels"], labels)
-    assert len(val["images"]) == 6
 
 
 def random_images(n, side=8):
@@ -1433,13 +1433,13 @@ def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path):
     assert sorted([*kept, *out]) == list(range(1000)) and len(out) == 100
     for part, index in zip(parts, (kept, out)):
         assert isinstance(part["images"].array, np.memmap) and (np.diff(index) > 0).all()
-        assert np.array_equal(part["images"][np.arange(len(index))], images[index])
-        assert np.array_equal(part["labels"], labels[index])
-        assert np.bincount(part["labels"]).min() > 0.02 * len(index)  # though they come in turn
+        found = pick(part, np.arange(len(index)))
+        assert np.array_equal(found["images"], images[index]) and np.array_equal(found["labels"], labels[index])
+    assert len({*(out % 10)}) == len({*(out // 100)}) == 10  # neither the first images nor every tenth
     run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path} --patch_size 7")
     assert load(tmp_path / "run")["config"]["image_size"] == 7
     arrays(tmp_path, images[:5], labels[:5], "val_")
-    assert [len(part["images"]) for part in nepa_deep.open_images(tmp_path)] == [1000, 5]
+    assert len(nepa_deep.open_images(tmp_path)[1]["images"]) == 5
 
 
 def test_grey_images_have_one_channel(tmp_path):
@@ -1453,41 +1453,39 @@ def test_grey_images_have_one_channel(tmp_path):
 @pytest.mark.parametrize("labels,val_labels", [(None, None), (np.full(40, -1), None), (None, np.zeros(9, int))])
 def test_images_without_labels_train_and_the_report_says_why_there_is_no_accuracy(tmp_path, capsys, labels, val_labels):
     arrays(tmp_path, random_images(40), labels)
-    if val_labels is not None:
-        arrays(tmp_path, random_images(9), val_labels, "val_")
+    arrays(tmp_path, random_images(9), val_labels, "val_")
     lines = run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path}")
     assert lines[-1]["best_loss"] and not any("acc" in name for line in lines for name in line)
-    assert load(tmp_path / "run", "best.pt") and "which need labelled images" in capsys.readouterr().out
+    assert load(tmp_path / "run", "best.pt") and "which need labels" in capsys.readouterr().out
 
 
 def test_only_labelled_images_are_probed(tmp_path):
     arrays(tmp_path, random_images(40), np.where(np.arange(40) % 3, np.arange(40) % 2, -1))
     data = nepa_deep.make_data(parsed("nepa_deep", f"--device cpu --data_dir {tmp_path}"))
-    known, labels = data["probed"][0][0]["labels"], data["train"]["labels"]
-    assert known[np.arange(len(known))].tolist() == labels[labels >= 0].tolist()
+    known, labels = (data[name]["labels"][:] for name in ("known", "train"))
+    assert known.tolist() == labels[labels >= 0].tolist() and -1 in labels
     x, y = clusters(30)
-    seen = y > 0
-    tested = torch.where(seen, y, -1)
-    assert nepa_deep.probe([(x, y)], [(x, tested)]) == nepa_deep.probe([(x, y)], [(x[seen], y[seen])])
+    assert nepa_deep.probe(x, y, x, torch.where(y > 0, y, -1)) == nepa_deep.probe(x, y, x[y > 0], y[y > 0])
 
 
-def test_evaluating_on_images_of_another_size_uses_the_models(tmp_path, capsys):
-    small, large = tmp_path / "small", tmp_path / "large"
-    arrays(small, random_images(40), np.arange(40) % 2)
-    arrays(large, random_images(40, side=18), np.arange(40) % 2)
-    run("nepa_deep", tmp_path / "run", f"--data_dir {small}")
-    capsys.readouterr()
-    run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {large}", tiny=False)
-    assert "this model" in capsys.readouterr().out
+def test_a_model_is_evaluated_on_images_of_another_size_but_not_of_other_channels(tmp_path, capsys):
+    small = random_images(40)
+    for name, images in {"small": small, "large": random_images(40, 18), "grey": small[..., 0]}.items():
+        arrays(tmp_path / name, images, np.arange(40) % 2)
+    run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path}/small")
+    run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {tmp_path}/large", tiny=False)
+    assert capsys.readouterr().out.count("\nthis model") == 4  # twice each
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}/grey: images of 1 channels, expected 3$"):
+        run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {tmp_path}/grey", tiny=False)
 
 
 # ==== nepa_deep.py: crops ============================================================================================
 
 
 def prepared(images, size, box=None):
-    """Images cut as a box says, or as validation does."""
-    batch = nepa_deep.make_data(parsed("nepa_deep", "--device cpu"))["collate"]({"images": images}, {})
-    batch["boxes"] = torch.tensor([box] * len(images)) if box else torch.as_tensor(batch["boxes"])
+    """Images cropped to this box, or as in validation."""
+    batch = nepa_deep.make_data(parsed("nepa_deep", "--device cpu"))["collate"]({"images": images})
+    batch["boxes"] = torch.as_tensor([box] * len(images) if box else batch["boxes"])
     return nepa_deep.prepare(batch, size)
 
 
@@ -1501,105 +1499,47 @@ def test_resizing_is_torchs_antialiased_one_and_validation_sees_the_middle():
 
 def test_a_crop_is_the_slow_average_of_its_pixels():
     image = torch.randint(256, (1, 10, 14, 3), dtype=torch.uint8)
-    top, left, height, width = 1.3, 2.6, 6.5, 9.1
-    mine, flipped = (prepared(image, 4, [top, left, height, width, flip])[0] for flip in (0, 1))
+    mine, flipped = (prepared(image, 4, [1.3, 2.6, 6.5, 9.1, flip])[0] for flip in (0, 1))
     assert torch.equal(flipped, mine.flip(2))
+
+    def weight(n, start, length, i):
+        return (1 - abs(np.arange(n) + 0.5 - start - (i + 0.5) * length / 4) / (length / 4)).clip(0)
+
     for i, j in itertools.product(range(4), range(4)):
-        dy = abs(np.arange(10) + 0.5 - (top + (i + 0.5) * height / 4)) / (height / 4)
-        dx = abs(np.arange(14) + 0.5 - (left + (j + 0.5) * width / 4)) / (width / 4)
-        weights = np.outer(1 - dy, 1 - dx) * np.outer(dy < 1, dx < 1)
+        weights = np.outer(weight(10, 1.3, 6.5, i), weight(14, 2.6, 9.1, j))
         average = np.einsum("yx,yxc->c", weights / weights.sum(), image[0])
         assert mine[:, i, j].numpy() == pytest.approx(average / 127.5 - 1, abs=1e-5)
 
 
-def test_crop_boxes_follow_the_position_and_the_flags():
-    args, few = parsed("nepa_deep", "--crop_scale 0.5 --flip_prob 0.3"), np.array([7, 3])
-    boxes = nepa_deep.crop_boxes(np.arange(20_000), 40, 60, args)
+def test_crop_boxes_follow_the_flags():
+    args = parsed("nepa_deep", "--crop_scale 0.5 --flip_prob 0.3")
+    draw = functools.partial(nepa_deep.crop_boxes, np.random.default_rng(0))
+    boxes = draw(np.arange(20_000), 40, 60, args)
     top, left, height, width, flip = boxes.T
     assert boxes.dtype == np.float32 and boxes.min() >= 0
     assert (boxes[:, :2] + boxes[:, 2:4] <= [40.0001, 60.0001]).all()
     area, ratio = height * width / 2400, (width / height)[(height < 40) & (width < 60)]
     assert [area.min(), area.max(), area.mean()] == pytest.approx([0.5, 1, 0.75], abs=0.01)
     assert [ratio.min(), ratio.max(), flip.mean()] == pytest.approx([3 / 4, 4 / 3, 0.3], abs=0.02)
-    related = np.corrcoef([top / (40.01 - height), left / (60.01 - width), flip])
-    assert related[0, 1:] == pytest.approx(0, abs=0.03)
-
-    def again():
-        return nepa_deep.crop_boxes(few, 40, 60, args)
-
-    assert np.array_equal(again(), boxes[few])
-    args.seed = 1
-    assert not np.array_equal(again(), boxes[few])
     args.crop_scale = 1.0  # no crop at all
-    assert (again()[:, :4] == [0, 0, 40, 60]).all()
-
-
-# ==== nepa_deep.py: the download =====================================================================================
-
-
-def archive(tmp_path, name="cifar-10-batches-bin"):
-    """A gzipped tar of CIFAR-10-like files in a folder of this name: its path and md5."""
-    path = tmp_path / "cifar.tar.gz"
-    cifar_folder(tmp_path / "made")
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(tmp_path / "made", name)
-    return path, hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def test_download_is_a_flag_that_fetches_what_is_not_there(tmp_path, monkeypatch):
-    (path, md5), flags = archive(tmp_path), f"--data_dir {tmp_path / 'data'} --download --batch_size 4"
-    monkeypatch.setattr(nepa_deep, "CIFAR_URL", path.as_uri())
-    monkeypatch.setattr(nepa_deep, "CIFAR_MD5", md5)
-    assert run("nepa_deep", tmp_path / "run", flags)[-1]["split"] == "final"
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-bin"]
-    monkeypatch.setattr(nepa_deep, "CIFAR_URL", "http://127.0.0.1:9/nobody.tar.gz")  # from here on it fetches nothing
-    run("nepa_deep", tmp_path / "run", "--resume --max_train_steps 7", tiny=False)
-    run("nepa_deep", tmp_path / "again", flags)
-    arrays(tmp_path / "own")
-    run("nepa_deep", tmp_path / "third", f"--data_dir {tmp_path / 'own'} --download")
-    with pytest.raises(SystemExit, match="^error: http://127.0.0.1:9/nobody.tar.gz: [^\n]*$"):
-        run("nepa_deep", tmp_path / "dead", f"--data_dir {tmp_path / 'other'} --download")
-
-
-def test_a_broken_download_leaves_nothing_and_starts_anew(tmp_path):
-    (path, md5), folder = archive(tmp_path), tmp_path / "data"
-    contents = path.read_bytes()
-    path.write_bytes(contents[:1000])
-    with pytest.raises(DataError, match=f"cifar.tar.gz: 1000 bytes with md5 .*, expected md5 {md5}"):
-        nepa_deep.download(path.as_uri(), md5, folder)
-    assert not list(folder.iterdir())
-    path.write_bytes(contents)
-    nepa_deep.download(path.as_uri(), md5, folder)
-    assert [len(part["images"]) for part in nepa_deep.open_images(folder)] == [20, 6]
-
-
-def test_unpacking_replaces_nothing_and_writes_nothing_outside(tmp_path):
-    (path, md5), mine = archive(tmp_path), tmp_path / "data" / "cifar-10-batches-bin" / "data_batch_1.bin"
-    mine.parent.mkdir(parents=True)
-    mine.write_bytes(b"mine")
-    nepa_deep.download(path.as_uri(), md5, tmp_path / "data")
-    path, md5 = archive(tmp_path, "inside/../../../outside")
-    with pytest.raises(tarfile.OutsideDestinationError):
-        nepa_deep.download(path.as_uri(), md5, tmp_path / "data")
-    assert mine.read_bytes() == b"mine" and list((tmp_path / "data").iterdir()) == [mine.parent]
-    assert not list(tmp_path.rglob("outside*"))
+    assert (draw(np.arange(9), 40, 60, args)[:, :4] == [0, 0, 40, 60]).all()
 
 
 # ==== nepa_deep.py: evaluation =======================================================================================
 
 
 def clusters(n, seed=0, noise=0):
-    """Features whose label shows in a few directions of very different size, and others that say nothing; labels."""
+    """Features with the label in six directions of very different scale, then directions of noise; labels."""
     generator, y = torch.Generator().manual_seed(seed), torch.arange(n) % 4
     centres = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
     x = (centres[y] + 0.8 * torch.randn(n, 6, generator=generator)) * torch.tensor([100.0, 10, 1, 1, 0.1, 0.01])
     return torch.cat([x, torch.randn(n, noise, generator=generator)], 1), y
 
 
-@pytest.mark.parametrize("noise", [0, 60])  # 60: more numbers than samples
+@pytest.mark.parametrize("noise", [0, 60])  # 60: more dimensions than samples
 def test_the_ridge_probe_has_the_penalty_that_predicts_left_out_samples_best(noise):
     (x, y), (test_x, test_y) = clusters(50, noise=noise), clusters(80, seed=1, noise=noise)
-    found = nepa_deep.probe([(x[:30], y[:30]), (x[30:], y[30:])], [(test_x, test_y)])["probe_acc"]
+    found = nepa_deep.probe(x, y, test_x, test_y)["probe_acc"]
     x, y, test_x = x.double().numpy(), y.numpy(), test_x.double().numpy()
     largest = np.linalg.norm(x - x.mean(0), 2) ** 2  # eigenvalue of the Gram matrix
 
@@ -1609,19 +1549,16 @@ def test_the_ridge_probe_has_the_penalty_that_predicts_left_out_samples_best(noi
         weights = np.linalg.solve(a.T @ a + penalty * largest * np.eye(x.shape[1]), a.T @ targets)
         return ((v - x[rows].mean(0)) @ weights + targets.mean(0)).argmax(1)
 
-    each = range(50)
-    right = {
-        penalty: sum(predictions(np.delete(each, i), x[[i]], penalty)[0] == y[i] for i in each)
-        for penalty in 10.0 ** np.arange(1, -7, -1)
-    }
-    best = max(right, key=right.get)
+    each, penalties = range(50), 10.0 ** np.arange(1, -7, -1)
+    right = [sum(predictions(np.delete(each, i), x[[i]], penalty)[0] == y[i] for i in each) for penalty in penalties]
+    best = penalties[np.argmax(right)]
     assert found == pytest.approx(np.mean(predictions(each, test_x, best) == test_y.numpy())) and found > 0.4
-    assert len(set(right.values())) > 1
+    assert len(set(right)) > 1
 
 
 def test_knn_votes_by_the_cosine_of_whitened_features():
     (x, y), (test_x, test_y) = clusters(300), clusters(80, seed=1)
-    found = nepa_deep.probe([(x, y)], [(test_x, test_y)])["knn_acc"]
+    found = nepa_deep.probe(x, y, test_x, test_y)["knn_acc"]
     near, far = ((v - x.mean(0)).double().numpy() for v in (x, test_x))
     _, values, axes = np.linalg.svd(near, full_matrices=False)
     near, far = near @ axes.T / values, far @ axes.T / values
@@ -1630,29 +1567,30 @@ def test_knn_votes_by_the_cosine_of_whitened_features():
     assert found == pytest.approx(np.mean(votes == test_y.numpy())) and found > 0.7
     # Directions without variance add no noise.
     near, far = (torch.cat([v, 1e-9 * torch.randn(len(v), 40)], 1) for v in (x, test_x))
-    assert nepa_deep.probe([(near, y)], [(far, test_y)])["knn_acc"] == found
+    assert nepa_deep.probe(near, y, far, test_y)["knn_acc"] == found
 
 
-def test_features_that_say_nothing_do_not_stop_the_probes():
+@pytest.mark.parametrize("n", [40, 1])
+def test_constant_features_do_not_stop_the_probes(n):
     y, same_for_all = torch.arange(40) % 4, torch.ones(40, 3)
-    for n in (40, 1):
-        found = nepa_deep.probe([(same_for_all[:n], y[:n])], [(same_for_all, y)])
-        assert found == {"knn_acc": 0.25, "probe_acc": 0.25}
+    found = nepa_deep.probe(same_for_all[:n], y[:n], same_for_all, y)
+    assert found == {"knn_acc": 0.25, "probe_acc": 0.25}
 
 
 def test_collapse_metrics_are_their_definitions():
+    def found(embedding):
+        return torch.stack([*nepa_deep.collapse(embedding).values()])
+
     vectors = torch.randn(5, 11, 6) * torch.tensor([3, 2, 1, 1, 0.1, 0.1]) + 0.5
-    found = nepa_deep.collapse(nepa_deep.second_moment(vectors))
     units = F.normalize(vectors[:, 1:].double().flatten(0, 1), dim=1)  # without CLS
     cosines = [a @ b for a, b in itertools.permutations(units, 2)]
     p = torch.linalg.svdvals(units)
     p /= p.sum()
-    right = {"embed_cos": sum(cosines) / len(cosines), "effective_rank": (-(p * p.log()).sum()).exp()}
-    right["constant_loss"] = -units.mean(0).norm()
-    assert found == pytest.approx({name: value.item() for name, value in right.items()}, rel=1e-5)
+    right = [sum(cosines) / len(cosines), (-(p * p.log()).sum()).exp(), -units.mean(0).norm()]
+    near(found(vectors), torch.stack(right), 1e-6)
     one = torch.randn(512).expand(4, 65, 512) + 1e-6 * torch.randn(4, 65, 512)  # one direction, in many dimensions
-    collapsed = nepa_deep.collapse(nepa_deep.second_moment(one))
-    assert [collapsed["effective_rank"], collapsed["embed_cos"]] == pytest.approx([1, 1], abs=0.01)
+    near(found(one), torch.tensor([1, 1, -1]), 0.01)
+    near(found(one[:1, :2]), torch.tensor([0, 1, -1]))  # a single patch
 
 
 def test_weights_ruined_by_the_last_update_stop_the_run_in_one_line(tmp_path):
@@ -1660,38 +1598,40 @@ def test_weights_ruined_by_the_last_update_stop_the_run_in_one_line(tmp_path):
         run("nepa_deep", tmp_path, "--lr 1e30 --grad_clip 0 --ema_decay 0 --eval_interval 1 --warmup_steps 0")
 
 
-def test_evaluation_draws_nothing_and_reads_the_asked_layer(tmp_path, monkeypatch):
+def set_up():
     args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON}")
     data = nepa_deep.make_data(args)
-    torch.manual_seed(1)
-    model, before = nepa_deep.Model(data["config"]), torch.get_rng_state()
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # nor are the GPU's generators seeded anew
+    return nepa_deep.Model(data["config"]), data, args
+
+
+def test_evaluation_draws_nothing_and_reads_the_asked_layer():
+    (model, data, args), before = set_up(), torch.get_rng_state()
     first = nepa_deep.evaluate(model, data, args)
-    data["baselines"]()
     assert torch.equal(before, torch.get_rng_state()) and first == nepa_deep.evaluate(model, data, args)
     output = model(pictures(8, 32, 32))
     for layer, state in {-1: output.prediction, 0: output.embedding, 2: output.hidden_states[1]}.items():
         args.probe_layer = layer
-        near(nepa_deep.features(output, args), sum(state[:, 1:].unbind(1)) / 16, 1e-6)
+        near(nepa_deep.features(output, args), state[:, 1:].mean(1), 1e-6)
 
 
-def test_the_probes_see_uncut_training_images_in_file_order(tmp_path, monkeypatch):
-    args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON}")
-    data, seen = nepa_deep.make_data(args), []
-    index, model = data["probed"][0][0]["images"].index, nepa_deep.Model(data["config"])
-    assert len(set(index)) == 60 and (np.diff(index) > 0).all()
-    monkeypatch.setattr(nepa_deep, "probe", lambda known, tested: seen.extend(known) or {})
-    nepa_deep.evaluate(model, data, args)
-    x, y = (torch.cat(parts) for parts in zip(*seen))
-    images = prepared(torch.as_tensor(data["train"]["images"][index]), 32)
+def test_the_probes_see_uncut_images_and_their_pixels_in_file_order(monkeypatch):
+    (model, data, args), probed = set_up(), []
+    monkeypatch.setattr(nepa_deep, "probe", lambda *inputs: probed.append(inputs) or {})
+    for world in (1, 2, 3):  # processes, dealt batches in turn
+        gather = lambda x, n=world: [x[rank::n] for rank in range(n)] if isinstance(x, list) else [x]  # noqa: E731
+        monkeypatch.setattr(nepa_deep, "gather", gather)
+        nepa_deep.evaluate(model, data, args)
+        assert same(probed[-2:], probed[:2])
+    index = data["known"]["images"].index
+    assert len(index) == 60 and (np.diff(index) > 0).all()
+    batch = batch_of(data, index)
+    images = nepa_deep.prepare(batch, 32)
+    (x, y, _, test_y), (pixels, *_) = sorted(probed[:2], key=lambda inputs: inputs[0].shape[1])
     near(x, model(images).prediction[:, 1:].mean(1), 1e-5)
-    assert y.tolist() == data["train"]["labels"][index].tolist()
-    for world in (2, 3):  # processes, dealt batches in turn
-        dealt = [seen[process::world] for process in range(world)]
-        monkeypatch.setattr(nepa_deep, "gather", lambda mine, dealt=dealt: dealt)
-        assert same(nepa_deep.in_file_order(dealt[0]), seen)
+    near(pixels, F.interpolate(images, 16, mode="bilinear", antialias=True).flatten(1))
+    assert torch.equal(y, batch["labels"]) and len(test_y) == 20
     args.seed = 1
-    assert np.array_equal(nepa_deep.make_data(args)["probed"][0][0]["images"].index, index)
+    assert np.array_equal(nepa_deep.make_data(args)["known"]["images"].index, index)
 
 
 # ==== jepa_lm.py: the model ==========================================================================================
@@ -1703,8 +1643,8 @@ def jepa_model(seed=0, **changes):
 
 
 def chat(answer, user="q", system=None):
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+    turns = {"system": system, "user": user, "assistant": answer}
+    return [{"role": role, "content": text} for role, text in turns.items() if text is not None]
 
 
 RAGGED = [
@@ -1727,40 +1667,36 @@ def files_of(folder, train, val=OTHERS):
 
 
 def jepa_data(folder, chats, flags=""):
-    """args, data of make_data, and collated(update, micro): the batch of these chats."""
-    n = len(chats)
-    args = parsed("jepa_lm", f"{TINY['jepa_lm']} --device cpu --batch_size {n} {files_of(folder, chats)} {flags}")
+    """args, data of make_data, and collated(update): these chats as the only batch of an update."""
+    args = parsed("jepa_lm", f"{TINY['jepa_lm']} --device cpu {files_of(folder, chats)} {flags}")
     data = jepa_lm.make_data(args)
 
-    def collated(update=0, micro=0):
-        extra = {"rows": np.arange(n), "position": np.arange(n) + (update * args.grad_accum + micro) * n}
-        batch = make_batch(data["train"], np.arange(n), extra, data["collate"])
-        assert all(tensor.is_contiguous() for tensor in batch.values())
-        return batch | {"step": update, "share": torch.ones(2)}
+    def collated(update=0):
+        return batch_of(data, np.arange(len(chats)), update) | {"step": update, "share": torch.ones(2)}
 
     return args, data, collated
 
 
 def tokens_of(messages):
-    """Role, bytes, end of turn: as the text above encode says."""
+    """Role, bytes, end of turn: as the docstring of encode says."""
     role = {"system": 258, "user": 259, "assistant": 260}
     return [t for m in messages for t in [role[m["role"]], *m["content"].encode(), 257]]
 
 
 def naive_pairs(messages, args):
-    """(tokens the prediction sees, tokens of the target), by cutting the text and not by spans."""
-    text, head = messages[-1]["content"], [*tokens_of(messages[:-1]), 260]
+    """(tokens the prediction sees, tokens of the target), by splitting the text, without spans."""
+    head = [*tokens_of(messages[:-1]), 260]
     if args.view_based_jepa:
         return [(head[:-1], tokens_of(messages[-1:]))]
-    steps = text.split("\n\n")
-    found = []
-    for i in range(min(args.num_prediction_steps, len(steps) - 1)):
-        found.append((head + list("\n\n".join(steps[: i + 1]).encode()), list(steps[i + 1].encode())))
-    return found
+    steps = messages[-1]["content"].split("\n\n")
+    return [
+        (head + list("\n\n".join(steps[: i + 1]).encode()), list(steps[i + 1].encode()))
+        for i in range(min(args.num_prediction_steps, len(steps) - 1))
+    ]
 
 
 def naive_losses(model, chats, args):
-    """Every chat, prediction and target in a pass of its own, one row, no padding, no mask: losses, pairs, answers."""
+    """Every chat, prediction and target in a separate pass, without padding or mask: losses, pairs, answer tokens."""
 
     def states(tokens):
         return model(torch.tensor([tokens]))[0]
@@ -1768,18 +1704,18 @@ def naive_losses(model, chats, args):
     nll, predicted, target = [], [], []
     for messages in chats:
         tokens, at = tokens_of(messages), 0
-        logits = states(tokens) @ model.embed.weight.T
+        log_p = (states(tokens) @ model.embed.weight.T).log_softmax(-1)
         for message in messages:
             begin, at = at, at + len(tokens_of([message]))
-            for i in range(begin, at - 1) if message["role"] == "assistant" else ():
-                nll.append(torch.logsumexp(logits[i], 0) - logits[i, tokens[i + 1]])
+            if message["role"] == "assistant":
+                nll += [-log_p[i, tokens[i + 1]] for i in range(begin, at - 1)]
         for context, step in naive_pairs(messages, args):
             predicted.append(states(context + [261 + k for k in range(args.predictors)])[-1])
             with torch.set_grad_enabled(not args.stop_grad_target):
                 target.append(states(step)[-1])
     llm = torch.stack(nll).mean()
     p, t = torch.stack(predicted), torch.stack(target)
-    return llm, (1 - (p * t).sum(1) / (p.norm(dim=1) * t.norm(dim=1))).mean(), len(p), len(nll)
+    return llm, 1 - F.cosine_similarity(p, t).mean(), len(p), len(nll)
 
 
 CASES = [f"--num_prediction_steps {n} --predictors {k}" for n, k in [(1, 0), (1, 2), (2, 1), (2, 2), (3, 3), (4, 0)]]
@@ -1789,23 +1725,19 @@ CASES += ["--num_prediction_steps 4 --predictors 1 --stop_grad_target"]
 
 @pytest.mark.parametrize("flags", CASES)
 def test_packed_losses_and_gradients_equal_separate_passes(flags, tmp_path):
-    """So a prediction sees its prefix up to the end of its step, a target itself, a later chat turn all before it."""
+    """A prediction sees its prefix up to the end of its step, a target only itself, a later turn all before it."""
     args, _, collated = jepa_data(tmp_path, RAGGED, flags)
     model = jepa_model(predictors=args.predictors)
+    weights = [p for p in model.parameters() if p.numel()]
     llm, jepa, pairs, answers = naive_losses(model, RAGGED, args)
-    (llm + 0.5 * jepa).backward()
-    right = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    loss, sums, _ = jepa_lm.compute_loss(model, collated(), None, args)
-    loss.backward()
-    assert sums["pairs"] == (pairs, 4) and sums["skipped"][0] == (0 if args.view_based_jepa else 1)
-    assert sums["valid_tokens"] == (answers, 4)
-    for name, value in {"llm_loss": llm, "jepa_loss": jepa, "loss": llm + 0.5 * jepa}.items():
-        total, count = sums[name]
-        near(total / count, value, 1e-5)
-    for name, p in model.named_parameters():
-        if p.numel():  # predictors that do not stand in any row have no gradient
-            assert (p.grad - right.get(name, 0)).norm() <= 1e-5 * right.get(name, p.grad).norm(), name
+    total = llm + 0.5 * jepa
+    loss, sums, _ = jepa_lm.compute_loss(model, collated(), {}, args)
+    assert sums["skipped"] == (0 if args.view_based_jepa else 1, 4)
+    assert sums["pairs"] == (pairs, 4) and sums["valid_tokens"] == (answers, 4)
+    for name, value in {"llm_loss": llm, "jepa_loss": jepa, "loss": total}.items():
+        near(sums[name][0] / sums[name][1], value, 1e-5)
+    for mine, right in zip(*(torch.autograd.grad(each, weights) for each in (loss, total)), strict=True):
+        assert (mine - right).norm() <= 1e-5 * right.norm()
 
 
 def packed_states(model, batch):
@@ -1814,11 +1746,12 @@ def packed_states(model, batch):
 
 
 def test_what_may_not_be_seen_changes_nothing(tmp_path):
-    """To the last bit: predictors no chat state, the chat no step read alone, padding nothing at all."""
+    """To the last bit: predictors change no state of the chat, the chat none of a step alone, padding none at all."""
     batch = jepa_data(tmp_path, RAGGED, "--num_prediction_steps 4")[2]()
     model, segment = jepa_model(), batch["segment"]
     h, ahead = packed_states(model, batch), (segment > 0) & (segment % 2 == 1)
-    assert h.isfinite().all() and (segment == -1).any()  # a row of the mask without any True would give NaN
+    # A row of the mask without any True would give NaN in some kernels.
+    assert (segment == -1).any() and jepa_lm.packed_mask(segment, batch["limit"]).any(3).all()
     for row, messages in enumerate(RAGGED):
         tokens = tokens_of(messages)
         near(h[row, : len(tokens)], model(torch.tensor([tokens]))[0], 1e-5)
@@ -1835,10 +1768,7 @@ def test_what_may_not_be_seen_changes_nothing(tmp_path):
 
 
 def test_the_language_model_does_not_depend_on_the_number_of_predictors():
-    weights = [jepa_model(predictors=k).state_dict() for k in (0, 3)]
-    for state in weights:
-        state.pop("predictors")
-    assert same(*weights)
+    assert same(*(jepa_model(predictors=k).state_dict() | {"predictors": 0} for k in (0, 3)))
 
 
 def test_model_equals_a_slow_reference():
@@ -1859,7 +1789,7 @@ def test_every_answer_and_its_end_are_supervised_and_the_steps_are_those_of_the_
     assert sample.tokens.tolist() == tokens_of(RAGGED[2])
     supervised = np.flatnonzero(sample.labels != -100)
     assert sample.labels[supervised].tolist() == [*b"not\n\nthis one", 257, *b"1\n\n2\n\n3\n\n4\n\n5\n\nsix", 257]
-    assert supervised[0] == 7 and (sample.labels[supervised] == sample.tokens[supervised + 1]).all()
+    assert (sample.labels[supervised] == sample.tokens[supervised + 1]).all()
     assert [jepa_lm.decode(sample.tokens[a:b]) for a, b in sample.steps] == ["1", "2", "3", "4", "5", "six"]
     assert jepa_lm.decode(sample.tokens[sample.answer :]) == "1\n\n2\n\n3\n\n4\n\n5\n\nsix"
     whole = jepa_lm.encode(RAGGED[3], unmask_user=True)
@@ -1885,7 +1815,7 @@ def test_steps_are_what_blank_lines_separate_and_no_boundary_is_invented(text, s
     assert [jepa_lm.decode(sample.tokens[a:b]) for a, b in sample.steps] == steps
 
 
-# What stands in a file of chats, or on the command line after --, and what is said of it.
+# A line of a file of chats, or flags, and a part of the error message.
 REFUSED = {
     "{": "Expecting property name enclosed in double quotes",
     '{"text": "x"}': "'messages'",
@@ -1919,13 +1849,13 @@ def test_bad_chats_and_flags_are_refused_in_one_line(bad, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code
     assert REFUSED[bad] in said and "\n" not in said and not (tmp_path / "run").exists()
     if bad[0] != "-":
-        assert said.startswith(f"error: {path}:6: no chat (") and "expected" in said and "--skip_bad_chats" in said
+        assert said.startswith(f"error: {path}:6: no chat: ") and ", expected " in said and "--skip_bad_chats" in said
         run("jepa_lm", tmp_path / "run", f"--train_file {path} --batch_size 2 --skip_bad_chats")
         said = capsys.readouterr().out
         assert f"{path}: left out 1 lines that are no chats" in said and "of 3 chats" in said
 
 
-def test_chats_that_are_too_long_too_few_or_stand_in_both_files(tmp_path, capsys):
+def test_chats_that_are_too_long_too_few_or_in_both_files(tmp_path, capsys):
     longest = len(tokens_of(RAGGED[3]))
 
     def said(flags, train=RAGGED, val=OTHERS):
@@ -1944,14 +1874,14 @@ def test_chats_that_are_too_long_too_few_or_stand_in_both_files(tmp_path, capsys
     out = said("--max_length 40", train=RAGGED[:2], val=RAGGED)
     assert f"val: 2 of 4 chats are longer than --max_length 40, expected --max_length {longest}" in out
     out = said("", val=[*RAGGED[:3], *OTHERS])
-    assert "left out 3 of 4 chats of validation: they stand in training as well" in out
+    assert "left out 3 of 4 validation chats that are in the training data too" in out
     assert "no chat is left to train or evaluate on" in said("", val=RAGGED[:3])
 
 
 def test_the_number_of_chats_with_pairs_is_said_and_few_are_a_warning(tmp_path, capsys):
     few = [chat(f"answer {i}", user="x" * i) for i in range(8)] + RAGGED[:1]
     for name, train, flags, right in (
-        ("few", few, "", "pairs in 1 of 9 chats; warning: the others learn the next token alone"),
+        ("few", few, "", "pairs in 1 of 9 chats; warning: the others train the next-token loss alone"),
         ("many", RAGGED * 2, "", "pairs in 6 of 8 chats\n"),
         ("views", few, "--view_based_jepa", "pairs in 9 of 9 chats\n"),
         ("regular", few, "--regular", ""),
@@ -1963,24 +1893,29 @@ def test_the_number_of_chats_with_pairs_is_said_and_few_are_a_warning(tmp_path, 
             assert all(line["skipped"] >= 7 / 8 for line in lines if line["split"] == "train")
 
 
-def test_the_world_is_what_it_says():
-    train, val = jepa_lm.make_world(0, False)
+def test_the_synthetic_dataset_is_as_described_and_holds_the_prompt_of_the_readme():
+    form, problems = r"(\w+) has (\d) (\w+), (.*), (.*), (.*)\.", {}
+    train, val = jepa_lm.synthetic_dataset(0, False)
     assert (len(train), len(val)) == (22553, 2505)
-    problems = set()
-    for sample in train[:3000] + val:
-        text = jepa_lm.decode(sample.tokens)
-        found = re.fullmatch(r"(\w+) has (\d) (\w+), (.*), (.*), (.*)\.(.*)\n\n(.*)\n\n(.*)", text, re.S)
-        value, steps = int(found[2]), []
-        for told in found.group(4, 5, 6):
+    for sample in train + val:
+        question, answer = (jepa_lm.decode(part) for part in np.split(sample.tokens, [sample.answer]))
+        person, start, thing, *story = re.fullmatch(form, question).groups()
+        value, steps = int(start), []
+        for told in story:
             word, _, n = told.partition(" ")
             sign, more = {"gets": ("+", n), "loses": ("-", f"-{n}"), "doubles": ("*2", value)}[word]
             steps.append(f"{value}{sign}{n}={value + int(more)}")
             value += int(more)
             assert 1 <= value <= 20
-        assert steps == list(found.group(7, 8, 9)) and 60 <= len(sample.tokens) + 5 <= 80
-        problems.add(found.group(2, 4, 5, 6))
-    assert len(problems) == 3000 + 2505
-    assert jepa_lm.make_world(1, False)[0][0].tokens.tolist() != train[0].tokens.tolist()
+        assert answer == "\n\n".join(steps) and 60 <= len(sample.tokens) + 5 <= 80
+        problems[start, *story] = steps
+    assert len(problems) == 22553 + 2505
+    assert jepa_lm.synthetic_dataset(1, False)[0][0].tokens.tolist() != train[0].tokens.tolist()
+    text = re.search(r"^## jepa_lm.*?(?=^## )", (HERE / "README.md").read_text(), re.M | re.S)[0]
+    prompt = re.search(r'--prompt "(.*?)"', " ".join(text.split()))[1]
+    person, start, thing, *story = re.fullmatch(form, prompt).groups()
+    assert person in jepa_lm.PEOPLE and thing in jepa_lm.THINGS
+    assert all(f"`{step}`" in text for step in problems[start, *story])
 
 
 # ==== jepa_lm.py: the losses =========================================================================================
@@ -2028,9 +1963,8 @@ def test_sigreg_drives_collapsed_views_apart():
     views = (1 + 0.1 * torch.randn(32, 16, generator=generator)).requires_grad_()
     optimizer = torch.optim.Adam([views], lr=0.05)
 
-    def cosine():
-        cosines, meant = jepa_lm.cosines(views, views, torch.arange(32))["cos_unpaired"]
-        return cosines[meant].mean()
+    def cosine():  # the diagonal adds 1 / 32
+        return F.cosine_similarity(views[:, None], views, dim=-1).mean()
 
     assert cosine() > 0.95
     for _ in range(100):
@@ -2038,66 +1972,55 @@ def test_sigreg_drives_collapsed_views_apart():
         directions = F.normalize(torch.randn(16, 64, generator=generator), dim=0)
         jepa_lm.sigreg(jepa_lm.rms_norm(views), directions).backward()
         optimizer.step()
-    assert abs(cosine()) < 0.05
+    assert abs(cosine() - 1 / 32) < 0.05
 
 
-def test_sigreg_weighs_predictions_and_targets_beside_the_distance(tmp_path, monkeypatch):
-    flags = "--sigreg 0.3 --lbd 0.7 --stop_grad_target --grad_accum 2"
-    args, _, collated = jepa_data(tmp_path, RAGGED, flags)
-    model, batch, real = jepa_model(), collated(), jepa_lm.sigreg
-    views = packed_states(model, batch).flatten(0, 1)[batch["ends"].flatten()]
-
-    def spy(given, directions):
-        near(given, views, 1e-5)
-        assert given.requires_grad and directions is batch["directions"]  # also the targets', under --stop_grad_target
-        return real(given, directions)
-
-    monkeypatch.setattr(jepa_lm, "sigreg", spy)
-    loss, sums, _ = jepa_lm.compute_loss(model, batch, None, args)
-    llm, distance, spread = (sums[name][0] / sums[name][1] for name in ("llm_loss", "jepa_loss", "sigreg_loss"))
-    near(loss, llm + 0.7 * (distance + 0.3 * spread), 1e-5)
-    near(spread, real(views, batch["directions"]), 1e-3)
-    drawn, same_update, next_update = (collated(*place)["directions"] for place in ((0, 0), (0, 1), (1, 0)))
-    assert drawn.equal(same_update) and not drawn.equal(next_update)  # anew for each update, one for all its parts
-    near(drawn.norm(dim=0), torch.ones(256), 1e-5)
+def test_sigreg_is_added_to_the_distance_and_moves_targets_too(tmp_path):
+    args, _, collated = jepa_data(tmp_path, RAGGED, "--gamma 0 --sigreg 0.3 --lbd 0.7 --stop_grad_target")
+    model, batch = jepa_model(), collated()
+    views = packed_states(model, batch).flatten(0, 1)[batch["ends"]]
+    spread = jepa_lm.sigreg(views.flatten(0, 1), batch["directions"])
+    right = 0.7 * (jepa_lm.jepa_loss(views[:, 0], views[:, 1].detach()) + 0.3 * spread)
+    loss, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
+    near(loss, right, 1e-5)
+    near(sums["sigreg_loss"][0] / 5, spread)
+    assert grad_norm(loss, model) == pytest.approx(grad_norm(right, model), rel=1e-4)
 
 
 def test_identical_steps_are_no_negatives_and_not_unpaired(tmp_path):
     same_step = [chat("a\n\nb"), chat("c\n\nb"), chat("d\n\ne")]
     args, _, collated = jepa_data(tmp_path, same_step, "--jepa_loss infonce")
     model, batch = jepa_model(), collated()
-    _, sums, _ = jepa_lm.compute_loss(model, batch, None, args)
+    _, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
     p, t = packed_states(model, batch).flatten(0, 1)[batch["ends"]].unbind(1)
     assert batch["text"].tolist() == [0, 0, 1]
-    right = jepa_lm.jepa_loss(p, t, "infonce", batch["text"])
-    near(sums["jepa_loss"][0] / 3, right)
+    near(sums["jepa_loss"][0] / 3, jepa_lm.jepa_loss(p, t, "infonce", batch["text"]))
     assert sums["cos_unpaired"][1] == 4
 
 
-def test_batches_of_a_shuffled_file_are_little_padded(tmp_path):
+def test_batches_of_a_shuffled_file_have_little_padding(tmp_path):
     """Answers in steps of very different lengths, packed and plain."""
     generator = np.random.default_rng(0)
     steps = [generator.integers(5, 60, generator.integers(1, 6)) for _ in range(2000)]
     flags = files_of(tmp_path, [chat("\n\n".join("x" * n for n in each)) for each in steps])
     for lbd, least in ((0.0, 0.8), (0.5, 0.85)):  # unsorted: about .65
-        data = jepa_lm.make_data(parsed("jepa_lm", f"{flags} --batch_size 8 --lbd {lbd}"))
-        loader, used, held = jepa_lm.Loader(data["train"], 8, 0, "cpu", data["collate"]), 0, 0
-        for update in range(64):
-            loader.request(0, torch.full((8,), update))
-            tokens = loader.next()["tokens"]
-            used, held = used + int((tokens != 256).sum()), held + tokens.numel()
-        assert used > least * held
+        data = jepa_lm.make_data(parsed("jepa_lm", f"{flags} --lbd {lbd}"))
+        batches = training_batches(data["train"], data["collate"], "cpu", 0, 8, np.arange(8)[None])
+        used = torch.cat([(batch["tokens"] != 256).flatten() for batch in itertools.islice(batches, 64)])
+        assert used.float().mean() > least
 
 
-def test_the_jepa_ratio_is_one_draw_per_update(tmp_path):
-    _, _, collated = jepa_data(tmp_path, RAGGED, "--jepa_ratio 0.3 --grad_accum 2")
-    has = []
+def test_an_update_draws_the_jepa_ratio_and_directions_once(tmp_path):
+    """The same for all its micro-batches, other ones for each update."""
+    data, drawn = jepa_data(tmp_path, RAGGED, "--jepa_ratio 0.3 --sigreg 0.1")[1], []
     for update in range(200):
-        parts = [collated(update, micro) for micro in (0, 1)]
-        assert len({"segment" in part for part in parts}) == 1
-        has.append("segment" in parts[0])
-        assert has[-1] == (parts[0]["counts"][1] > 0) and parts[0]["skipped"] == 1  # whatever is drawn
-    assert 40 <= sum(has) <= 80
+        parts = [batch_of(data, rows, update, rows) for rows in np.arange(4).reshape(2, 2)]
+        assert [part["skipped"] for part in parts] == [1, 0]  # with and without pairs
+        found = [("segment" in part, part.get("directions")) for part in parts]
+        assert same(*found)
+        drawn += [directions for pairs, directions in found[:1] if pairs]
+    assert 40 <= len(drawn) <= 80 and len(torch.stack(drawn).unique(dim=0)) == len(drawn)
+    near(drawn[0].norm(dim=0), torch.ones(256), 1e-5)
 
 
 # ==== jepa_lm.py: regular and lbd 0 are the same run =================================================================
@@ -2107,10 +2030,10 @@ def spied(monkeypatch):
     """Every call of Model.forward in training: its tokens and whether it was a plain pass."""
     calls, real = [], jepa_lm.Model.forward
 
-    def forward(self, tokens, positions=None, mask=None, cache=None):
+    def forward(self, tokens, *packed):
         if torch.is_grad_enabled():
-            calls.append((tokens, positions is None and mask is None))
-        return real(self, tokens, positions, mask, cache)
+            calls.append((tokens, packed == (None, None)))
+        return real(self, tokens, *packed)
 
     monkeypatch.setattr(jepa_lm.Model, "forward", forward)
     return calls
@@ -2156,19 +2079,17 @@ def test_the_losses_are_means_over_the_tokens_and_pairs_of_the_whole_update(lbd,
     chats = [RAGGED[0], RAGGED[1], chat("x" * 60, user="y"), RAGGED[3]]
     flags = f"{files_of(tmp_path, chats)} --lbd {lbd} --max_train_steps 1 --batch_size 2 --grad_accum 2"
     lines = run("jepa_lm", tmp_path / "run", flags)
-    torch.manual_seed(0)
-    model = jepa_lm.Model(jepa_lm.Config(**load(tmp_path / "run")["config"]))
-    args = parsed("jepa_lm", flags)
+    args, model = parsed("jepa_lm", flags), jepa_model(num_layers=1)
     llm, jepa, pairs, answers = naive_losses(model, chats, args)
-    assert lines[1]["llm_loss"] == pytest.approx(llm.item(), rel=1e-5)
-    assert lines[1]["loss"] == pytest.approx((llm + lbd * jepa).item(), rel=1e-5)
-    assert lines[1]["grad_norm"] == pytest.approx(grad_norm(llm + lbd * jepa, model), rel=1e-4)
+    loss = llm + lbd * jepa
+    right = {"llm_loss": llm.item(), "loss": loss.item(), "grad_norm": grad_norm(loss, model)}
+    right |= {"valid_tokens": answers / 4, "pairs": pairs / 4 * (lbd > 0)}
+    assert {name: lines[1][name] for name in right} == pytest.approx(right, rel=1e-5)
     assert lines[0]["llm_loss"] == pytest.approx(naive_losses(model, OTHERS, args)[0].item(), rel=1e-5)  # validation
-    assert lines[1]["valid_tokens"] == answers / 4 and lines[1]["pairs"] == (pairs / 4 if lbd else 0)
 
 
 def test_unmask_user_supervises_everything_in_training_and_nothing_more_in_validation(tmp_path):
-    """The document's puzzle on purpose: training losses over other tokens do not compare, validation losses do."""
+    """The source document's puzzle: training losses over different tokens do not compare, validation losses do."""
     for i, source in enumerate(("", f"--train_file {write_chats(tmp_path / 'chats', RAGGED[:3] * 2 + OTHERS)}")):
         flags = f"{source} --max_train_steps 1 --batch_size 6 --regular"
         masked, whole = (run("jepa_lm", tmp_path / f"{i}{len(more)}", flags + more) for more in ("", " --unmask_user"))
@@ -2184,7 +2105,7 @@ def test_jepa_metrics_are_the_ones_of_the_design(tmp_path):
     assert val.keys() == {"step", "split", "loss", "llm_loss", "exact_match", "prefix_match"}
     assert train["loss"] == pytest.approx(train["llm_loss"] + 0.5 * train["jepa_loss"])
     assert train["jepa_loss"] == pytest.approx(1 - train["cos_paired"], abs=1e-5) and train["pairs"] == 2
-    assert final["common_exact_match"] < 0.02 and val["loss"] == val["llm_loss"]
+    assert final["first_loss"] == val["loss"] == val["llm_loss"]
 
 
 def test_debug_counts_right(tmp_path, capsys):
@@ -2206,13 +2127,11 @@ def test_debug_counts_right(tmp_path, capsys):
     assert "cos_" not in capsys.readouterr().out
 
 
-def test_collapse_is_said_once(capsys):
-    describe = jepa_lm.make_data(parsed("jepa_lm", ""))["describe"]
-    metrics = {"loss": 1.0, "llm_loss": 1.0, "jepa_loss": 0.1}
-    for paired, unpaired, times in ((0.97, 0.94, 0), (0.972, 0.951, 0), (0.97, 0.96, 1), (0.98, 0.97, 0)):
-        text = describe(metrics | {"cos_paired": paired, "cos_unpaired": unpaired})
-        assert f"{paired:.3f} paired, {unpaired:.3f} unpaired" in text
-        assert capsys.readouterr().out.count("warning: the embeddings have collapsed") == times
+def test_a_log_line_says_that_the_views_have_collapsed():
+    remedy = ": collapsed, try --sigreg 0.02"
+    for paired, unpaired, end in ((0.97, 0.94, ""), (0.972, 0.951, ""), (0.97, 0.96, remedy)):
+        text = jepa_lm.describe({"loss": 1.0, "jepa_loss": 0.1, "cos_paired": paired, "cos_unpaired": unpaired})
+        assert text == f"Loss: 1.0000 | JEPA: 0.1000 | Cos: {paired:.3f} paired, {unpaired:.3f} unpaired{end}"
 
 
 def test_accumulating_two_views_equals_one_batch(tmp_path):
@@ -2223,7 +2142,7 @@ def test_accumulating_two_views_equals_one_batch(tmp_path):
 
 
 def test_two_processes_when_one_of_them_has_no_pair(tmp_path):
-    """Sorted by length, the chats of one step come first: the first process has no pair, the second has five or ten."""
+    """Sorted by length, the chats of one step come first: no pair in the first process, all of them in the second."""
     flags = f"{files_of(tmp_path, [chat('one')] * 8 + [RAGGED[2]] * 8)} --jepa_loss l2 --predictors 0 --sigreg 0.1"
     one = run("jepa_lm", tmp_path / "one", f"{flags} --batch_size 16")
     assert all(line["skipped"] == 0.5 and line["pairs"] == 1 for line in one if line["split"] == "train")
@@ -2234,50 +2153,27 @@ def test_two_processes_when_one_of_them_has_no_pair(tmp_path):
 # ==== jepa_lm.py: generation =========================================================================================
 
 
-def greedy(model, prompt, limit):
-    """No cache: a whole pass for every token."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + limit and (tokens[-1] != 257 or len(tokens) == len(prompt)):
-        tokens.append(int((model(torch.tensor([tokens]))[0, -1] @ model.embed.weight.T).argmax()))
-    return tokens[len(prompt) :]
-
-
-@torch.no_grad()
-def test_generation_equals_greedy_decoding_without_a_cache():
-    """A sample's tokens go into the model as they are."""
-    model, lengths = jepa_model(hidden_size=64, num_layers=3), set()
-    model.embed.weight[257] *= 2.0  # ends come early for some
-    generator = np.random.default_rng(0)
-    for n, limit in [(1, 12), (30, 12), (7, 5), (2, 12), (19, 1), (11, 12), (3, 12), (45, 9)]:
-        sample = jepa_lm.encode(chat("x", user=bytes(generator.integers(97, 123, n).tolist()).decode()))
-        prompt = sample.tokens[: sample.answer]
-        mine = jepa_lm.generate(model, prompt, limit)
-        assert mine == greedy(model, prompt.tolist(), limit)
-        lengths.add(len(mine))
-        tokens = torch.from_numpy(sample.tokens)[None]
-        assert torch.equal(model(tokens), model(tokens.long()))
-    assert len(lengths) > 2
-
-
-def test_matches_are_those_of_greedy_generation_and_a_prompt_is_answered(tmp_path, capsys):
-    """Three chats by heart, untrained, half and fully trained."""
+def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_path, capsys):
+    """Three chats learned by heart, by an untrained, a half and a fully trained model."""
     test = [*RAGGED[:3], chat("a", user="never"), chat("on", user="what?"), chat("a single", system="brief")]
-    trained, out = files_of(tmp_path, RAGGED[:3]), tmp_path / "run"
-    flags = f"{trained} --hidden_size 64 --num_layers 1 --batch_size 3 --lr 1e-2 --lbd 0.1 --warmup_steps 5"
-    flags += " --max_train_steps 120 --eval_interval 120 --device cpu"
+    flags = f"{files_of(tmp_path, RAGGED[:3])} --hidden_size 64 --num_layers 1 --batch_size 3 --lr 1e-2 --lbd 0.1"
+    out, flags = tmp_path / "run", flags + " --warmup_steps 5 --max_train_steps 120 --eval_interval 120 --device cpu"
     run("jepa_lm", out, flags, tiny=False)
     args = parsed("jepa_lm", f"--eval_only --out_dir {out} --batch_size 4")
     data = {"val": [jepa_lm.encode(messages) for messages in test], "collate": jepa_lm.make_data(args)["collate"]}
     weights, scores = load(out)["model"], []
-    (out / "best.pt").unlink()  # that of update 0: what is learned here helps nobody else
+    (out / "ckpt.pt").rename(out / "best.pt")  # the best one is untrained: these chats do not help with others
     for part in (0.0, 0.5, 1.0):
         model = jepa_model(hidden_size=64, num_layers=1, num_heads=8)
         model.load_state_dict({name: torch.lerp(w, weights[name], part) for name, w in model.state_dict().items()})
         hits = []
         for sample in data["val"]:
-            right = sample.tokens[sample.answer :].tolist()
-            answer = greedy(model, sample.tokens[: sample.answer].tolist(), len(right))
-            hits.append((answer == right, answer[: len(right) - 1] == right[:-1]))
+            right = sample.tokens.tolist()
+            tokens = right[: sample.answer]
+            while len(tokens) < len(right) and tokens[-1] != 257:
+                tokens.append(int((model(torch.tensor([tokens]))[0, -1] @ model.embed.weight.T).argmax()))
+            assert jepa_lm.generate(model, sample.tokens[: sample.answer], len(right)) == tokens
+            hits.append((tokens == right, tokens[: len(right) - 1] == right[:-1]))
         metrics = jepa_lm.evaluate(model, data, args)
         scores.append([metrics["exact_match"], metrics["prefix_match"]])
         assert scores[-1] == pytest.approx(np.mean(hits, 0))
@@ -2290,12 +2186,16 @@ def test_matches_are_those_of_greedy_generation_and_a_prompt_is_answered(tmp_pat
 
     assert answer("--prompt what?") == "one\n\ntwo is longer\n\n3\n"
     assert answer("--prompt q --system brief") == "a single step\n"
-    assert "the commonest answer" in answer()
+    assert "before training" not in answer()
     (tmp_path / "train").unlink()  # an evaluation on another file does without the training file
     shown = answer(f"--eval_file {write_chats(tmp_path / 'test', test)}")
-    assert f"{scores[2][1]:8.4f}" in shown and "commonest" not in shown
-    with pytest.raises(SystemExit, match="--prompt: 11 tokens, expected fewer than --max_length 9"):
-        answer("--prompt 12345678 --max_length 9")
+    assert re.search(rf"^this model .*{scores[2][0]:8.4f}{scores[2][1]:8.4f}$", shown, re.M)
+    for bad, said in {
+        "12345678 --max_length 9": "--prompt: 11 tokens, expected fewer than --max_length 9",
+        "a\udcff": "--prompt or --system: .* surrogates not allowed, expected text in UTF-8",
+    }.items():
+        with pytest.raises(SystemExit, match=said):
+            answer(f"--prompt {bad}")
 
 
 # ==== the shared part: proven through each script ====================================================================
@@ -2336,8 +2236,11 @@ def test_a_run_writes_its_lines_and_a_checkpoint_that_eval_only_repeats(script, 
     assert {"loss", "lr", "grad_norm", "seconds"} <= train[0].keys()
     checkpoint, best = load(tmp_path), min((line["loss"], line["step"]) for line in lines if line["split"] == "val")
     assert checkpoint["script"] == script and checkpoint["step"] == 6 and not checkpoint["args"]["grad_checkpoint"]
-    assert (checkpoint["best"]["loss"], checkpoint["best"]["step"]) == best
-    assert (lines[-1]["best_loss"], lines[-1]["best_step"]) == best and load(tmp_path, "best.pt")["step"] == best[1]
+    assert (checkpoint["state"]["best"]["loss"], checkpoint["state"]["best"]["step"]) == best
+    assert (lines[-1]["best_loss"], lines[-1]["best_step"]) == best and lines[-1]["first_loss"] == lines[0]["loss"]
+    kept = load(tmp_path, "best.pt")  # what an evaluation needs, and one set of weights
+    assert kept.keys() == {"script", "step", "config", "args", "metrics", "model"} and kept["step"] == best[1]
+    assert kept["metrics"]["loss"] == best[0] and (best[1] < 6 or same(kept["model"], checkpoint["ema"]))
     # Weight decay is for matrices; the gradient is clipped, the logged norm is the one before.
     groups = [(group["weight_decay"], len(group["params"])) for group in checkpoint["optimizer"]["param_groups"]]
     vectors = sum(x.ndim < 2 for x in checkpoint["model"].values())
@@ -2352,11 +2255,10 @@ def test_a_run_writes_its_lines_and_a_checkpoint_that_eval_only_repeats(script, 
 
 
 def test_trm_metrics_are_the_ones_of_the_design(tmp_path):
-    lines = run("trm_deep", tmp_path, "--curriculum_end_step 4 --eval_samples 400")
+    lines = run("trm_deep", tmp_path, "--eval_samples 400")
     final, train = lines[-1], [line for line in lines if line["split"] == "train"]
     assert final["loss"] == final["step_1_loss"] and final["zero_loss"] == pytest.approx(1.0, rel=1e-4)
-    assert 0.05 < final["no_memory_exact_acc"] < 0.15 and 0.4 < final["opening_exact_acc"] < 0.65
-    assert [line["supervision_weight"] for line in train] == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
+    assert {"copy_loss", "first_exact_acc", "best_exact_acc"} <= final.keys()
     assert [line.get("mean_steps") for line in train] == [None, None, 3.0] * 2  # where rows halted
 
 
@@ -2386,7 +2288,7 @@ def interrupt(monkeypatch, script, at, number=signal.SIGTERM):
     do_at(monkeypatch, script, at, lambda: os.kill(os.getpid(), number))
 
 
-STATE = "model", "ema", "optimizer", "rng", "carry", "best", "step", "sums"
+STATE = "model", "ema", "optimizer", "rng", "carry", "step", "sums"
 
 
 @pytest.mark.parametrize(
@@ -2395,15 +2297,15 @@ STATE = "model", "ema", "optimizer", "rng", "carry", "best", "step", "sums"
 )
 def test_resumed_equals_uninterrupted_to_the_last_bit(script, name, interval, tmp_path, monkeypatch, capsys):
     """Stopped inside a log interval and the life of the carried rows, perhaps where an evaluation is due."""
-    flags = "--max_train_steps 10 --log_interval 4 --save_interval 0 --ema_decay 0.9 --grad_accum 2"
+    flags = "--max_train_steps 10 --log_interval 4 --ema_decay 0.9 --grad_accum 2"
     flags, number = f"{flags} --eval_interval {interval}", signal.Signals[name]
     whole, handler = run(script, tmp_path / "whole", flags), signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         interrupt(patch, script, 2 * 5 - 1, number)
         run(script, tmp_path / "parts", flags)
     assert stop.value.code == 128 + number and signal.getsignal(number) == handler
-    assert f"--resume --out_dir {tmp_path / 'parts'}" in capsys.readouterr().out
-    assert load(tmp_path / "parts")["step"] == 5 and lines_of(tmp_path / "parts")[-1]["step"] == max(4, interval)
+    assert f"stopped after step 5; to continue: --resume --out_dir '{tmp_path / 'parts'}'" in capsys.readouterr().out
+    assert load(tmp_path / "parts")["step"] == 5 and lines_of(tmp_path / "parts")[-1]["step"] == 4
     assert without_time(run(script, tmp_path / "parts", "--resume", tiny=False)) == without_time(whole)
     one, two = load(tmp_path / "whole"), load(tmp_path / "parts")
     assert all(same(one[part], two[part]) for part in STATE)
@@ -2442,13 +2344,12 @@ def signal_to(script, who, name, rank):
 @pytest.mark.parametrize("name,count", [("eval_batches", 1), ("eval_batches", 2), ("compute_loss", 2)])
 def test_a_signal_to_one_process_ends_all_in_good_order_also_within_an_evaluation(script, name, count, tmp_path):
     """NEPA's first evaluation has two passes over data, for the others the second pass is the second evaluation."""
-    flags = "--eval_samples 19 --batch_size"
+    flags = "--eval_samples 19 --log_interval 3 --batch_size"  # stopped within an interval, perhaps
     stop = functools.partial(signal_to, script, count - 1, name)
     processes = Processes(script, tmp_path / "parts", f"{flags} {8 // count}", count, prepare=stop)
     assert processes.wait() == [143] * count, processes.text()
     step, lines = load(tmp_path / "parts")["step"], lines_of(tmp_path / "parts")
-    launcher = f"torchrun --nproc_per_node {count}" if count == 2 else "python"
-    assert f"stopped after step {step}; go on with: {launcher} {script}.py --resume" in processes.text()
+    assert f"stopped after step {step}; to continue: --resume" in processes.text()
     assert count == 1 or not processes.text(1)
     assert step == (4 if name == "compute_loss" else 0 if script == "nepa_deep" else 3)
     assert [line["split"] for line in lines].count("val") == (step + 2) // 3  # half an evaluation is none
@@ -2462,15 +2363,15 @@ def test_one_command_starts_a_run_and_resumes_it_after_a_crash_without_repeating
     script, at, tmp_path, monkeypatch
 ):
     """The last checkpoint is of the first validation, or of step 3 while the log goes on to step 4."""
-    whole = run(script, tmp_path / "whole", "--save_interval 0")
+    whole = run(script, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         do_at(patch, script, at, lambda: 1 / 0)
-        run(script, tmp_path / "parts", "--save_interval 0 --resume")
+        run(script, tmp_path / "parts", "--resume")
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "spl')  # half a line
     assert load(tmp_path / "parts")["step"] == (0 if at == 1 else 3)
     for _ in range(2):  # a finished run resumed is only summed up again
-        assert without_time(run(script, tmp_path / "parts", "--save_interval 0 --resume")) == without_time(whole)
+        assert without_time(run(script, tmp_path / "parts", "--resume")) == without_time(whole)
     longer = run(script, tmp_path / "parts", "--resume --max_train_steps 8", tiny=False)
     assert [line["step"] for line in longer if line["split"] == "final"] == [8]
 
@@ -2491,7 +2392,7 @@ def test_a_run_is_resumed_with_its_flags_but_for_the_few_that_may_change(script,
         ("--resume --lr 0.5", 2, "--lr 0.5 conflicts with the run in"),
         ("--resume --hidden_size 64", 2, "--hidden_size 64 conflicts with the run in"),
         ("--eval_only --seed 4", 2, "--seed 4 conflicts"),
-        ("--resume --batch_size 4", 1, "--batch_size * --grad_accum * processes is 4, expected 8"),
+        ("--resume --batch_size 4", 1, "4 = --batch_size * --grad_accum * processes, train data of"),
         ("", 2, "holds a run; --resume continues it, or delete it first"),
     ):
         found = stopped(capsys, script, tmp_path, flags, tiny=False)
@@ -2514,7 +2415,7 @@ def test_data_may_move_but_not_change(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir("/")
     assert "data" in stopped(capsys, script, out, "--resume", tiny=False)[1]
     code, text = stopped(capsys, script, out, f"--resume {own_data(script, tmp_path / 'other', 1)}", tiny=False)
-    assert re.search(r"train data is 54 samples, \w+, expected 54 samples, \w+ as in the checkpoint", text)
+    assert re.search(r"(train data of 54 samples, )(\w+), val.*, expected, as in the checkpoint, .*\1(?!\2)", text)
     moved = own_data(script, tmp_path / "moved")
     assert without_time(run(script, out, f"--resume {moved} --max_train_steps 6", tiny=False)) == without_time(whole)
     capsys.readouterr()
@@ -2530,13 +2431,13 @@ def test_init_from_takes_the_averaged_weights_of_a_run_however_they_are_wrapped(
     old, path = run(script, tmp_path / "old", "--ema_decay 0.5 --max_train_steps 3"), tmp_path / "weights.pt"
     weights = load(tmp_path / "old")["ema"]
     torch.save({"state_dict": {f"module._orig_mod.model.{name}": x for name, x in weights.items()}}, path)
-    for i, file in enumerate((tmp_path / "old" / "ckpt.pt", path)):
+    for i, file in enumerate((tmp_path / "old" / "ckpt.pt", tmp_path / "old" / "best.pt", path)):
         new = run(script, tmp_path / str(i), f"--init_from {file} --max_train_steps 1")
         assert {**new[0], "step": 3} == old[-2]
     name = next(iter(weights))
     torch.save(weights | {name: weights[name] * math.nan}, path)
     found = stopped(capsys, script, tmp_path / "a", f"--init_from {path}")
-    assert found == (1, f"error: {path}: weight {name} is not finite, expected numbers")
+    assert found[0] == 1 and re.match(r"error: step 0: (val \w+|norm of the weights) is nan", found[1])
     torch.save({other: x for other, x in weights.items() if other != name}, path)
     found = stopped(capsys, script, tmp_path / "b", f"--init_from {path}")[1]
     assert found.startswith(f"error: {path}: ") and name in found
@@ -2593,10 +2494,10 @@ def test_two_processes_equal_one_when_rows_halt_at_different_steps(tmp_path, mon
     monkeypatch.setattr(trm_deep.Model, "__init__", trm_deep.Model.__init__)  # undone at the end
     always_sure()
     one, halted = run("trm_deep", tmp_path / "one", f"{flags} 24"), load(tmp_path / "one")["carry"]
-    assert len(set(halted["drawn"].tolist())) > 2 and 0 < halted["halted"].sum() < len(halted["halted"])
+    assert len(set(halted["steps"].tolist())) > 2 and 0 < halted["halted"].sum() < len(halted["halted"])
     close(one, two_processes("trm_deep", tmp_path / "two", f"{flags} 4 --grad_accum 3", prepare=always_sure), 2e-5)
     carry = load(tmp_path / "two")["carry"]
-    assert all(torch.equal(halted[name], carry[name]) for name in ("drawn", "halted", "steps", "min_steps"))
+    assert all(torch.equal(halted[name], carry[name]) for name in ("halted", "steps", "min_steps", "labels"))
 
 
 @each_script
@@ -2644,22 +2545,21 @@ def test_a_compiled_run_is_one_graph_and_equals_the_eager_one_also_in_two_proces
 
 BAD_FLAGS = {
     "--lr fast": "invalid number value: 'fast'",
-    "--lr inf": "'inf', expected 0 to 1e+38",
-    "--batch_size 0": "'0', expected 1 to 1e+38",
-    "--beta1 1.5": "'1.5', expected 0 to 0.999999",
+    "--lr inf": "'inf', expected at most 1e+38",
+    "--batch_size 0": "'0', expected at least 1",
+    "--beta1 1.5": "'1.5', expected at most 0.999999",
     "--grad_checkpoint maybe": "invalid boolean value: 'maybe'",
-    "--device quantum": "--device quantum",
-    "--device meta": "--device meta",
     "--wandb_mode maybe": "invalid choice: 'maybe'",
-    f"--warmup_steps {10**400}": "expected 0 to 1e+38",
+    f"--warmup_steps {10**400}": "expected at most 1e+38",
     "--run_name=": "--run_name is empty, expected a value",
-    "--seed 4294967296": "'4294967296', expected 0 to 4294967295",
+    "--seed 4294967296": "'4294967296', expected at most 4294967295",
     "--resume": "need the --out_dir",
     "--unknown 1": "unrecognized arguments: --unknown 1",
 }
 BAD_METHOD_FLAGS = {
     "trm_deep": {
-        "--deep_supervision_weight 0.3": "--deep_supervision_weight needs --enable_deep_supervision",
+        "--deep_supervision_weight 0.3": "the flags of deep supervision need --enable_deep_supervision",
+        "--L_cycle_supervision 0.3": "the flags of deep supervision need --enable_deep_supervision",
         "--enable_deep_supervision --deep_supervision_schedule cubic": "unknown schedule 'cubic'",
         "--enable_deep_supervision --deep_supervision_schedule 0.5,1": "expected 3 weights",
         "--enable_deep_supervision --curriculum_start_step 9 --curriculum_end_step 3": "must not come before",
@@ -2667,12 +2567,11 @@ BAD_METHOD_FLAGS = {
         "--predict a.npy b.npy": "--predict needs --eval_only",
     },
     "nepa_deep": {
-        "--download": "--download needs the --data_dir to download to",
         "--intermediate_loss_weight 2": "--intermediate_loss_weight needs --use_intermediate_loss",
         "--probe_layer 5": "--probe_layer 5 must be at most --num_layers 4",
-        "--crop_scale 0": "'0', expected 0.01 to 1",
-        "--rope_rescale 0.5": "'0.5', expected 1 to 1e+38",
-        "--probe_samples 5": "'5', expected 10 to 1e+38",
+        "--crop_scale 0": "'0', expected at least 0.01",
+        "--rope_rescale 0.5": "'0.5', expected at least 1",
+        "--probe_samples 5": "'5', expected at least 10",
     },
     "jepa_lm": {
         "--jepa_loss infonce --batch_size 1": "--jepa_loss infonce needs --batch_size 2 or more",
@@ -2681,7 +2580,8 @@ BAD_METHOD_FLAGS = {
         "--prompt x": "need --eval_only",
     },
 }
-BAD_SIZES = {  # said by Config
+BAD_SIZES = {  # found later: exit code 1
+    **{(script, "--device quantum"): "--device quantum: " for script in SCRIPTS},
     ("trm_deep", "--hidden_size 30"): "hidden_size 30, expected a multiple of 2 * num_heads = 8",
     ("nepa_deep", "--num_heads 3"): "hidden_size 64, expected a multiple of 4 * num_heads = 12",
     ("nepa_deep", "--patch_size 5"): "image_size 32, expected a multiple of patch_size 5",
@@ -2723,7 +2623,7 @@ def test_wandb_offline_holds_the_metrics_and_disabled_never_imports_it(script, t
     names = {prefix[line["split"]] + name for line in lines for name in line if name not in ("step", "split")}
     assert not in_wandb(tmp_path, names | {"proof"})
     run(script, tmp_path, "--resume --max_train_steps 7", tiny=False)  # the same run goes on
-    assert {path.name for path in tmp_path.glob("wandb/*/*.wandb")} == {f"run-{load(tmp_path)['wandb_id']}.wandb"}
+    assert {path.stem for path in tmp_path.glob("wandb/*/*.wandb")} == {f"run-{load(tmp_path)['state']['wandb_id']}"}
 
 
 def test_the_schedule_is_linear_warm_up_then_cosine():
@@ -2734,7 +2634,7 @@ def test_the_schedule_is_linear_warm_up_then_cosine():
 
 def test_the_moving_average_is_the_formula(tmp_path):
     """Steps 1, 2, 3 saved one by one; the average recomputed from the saved weights."""
-    flags, average = "--ema_decay 0.9 --save_interval 1 --warmup_steps 0 --min_lr_ratio 1 --resume", {}
+    flags, average = "--ema_decay 0.9 --warmup_steps 0 --min_lr_ratio 1 --resume", {}
     for update in range(3):
         run("jepa_lm", tmp_path, f"{flags} --max_train_steps {update + 1}")
         now, decay = load(tmp_path), min(0.9, (1 + update) / (10 + update))
@@ -2771,7 +2671,7 @@ def die_in_a_write(at, moment, rank):
 
 def test_killed_at_20_moments_and_resumed_it_is_the_run_that_never_was(tmp_path):
     """Half of the kills come at a random time, half inside a random write of best.pt or ckpt.pt."""
-    flags = "--max_train_steps 12 --eval_interval 4 --save_interval 2 --ema_decay 0.9 --resume"
+    flags = "--max_train_steps 12 --eval_interval 2 --ema_decay 0.9 --resume"
     start = time.monotonic()
     assert Processes("trm_deep", tmp_path / "whole", flags).wait() == [0]
     seconds, whole = time.monotonic() - start, without_time(lines_of(tmp_path / "whole"))
@@ -2785,16 +2685,16 @@ def test_killed_at_20_moments_and_resumed_it_is_the_run_that_never_was(tmp_path)
             assert code in (0, -9), process.text()
             kills += code == -9
         assert without_time(lines_of(out)) == whole
-        for name in ("ckpt.pt", "best.pt"):
+        for name, parts in {"ckpt.pt": STATE, "best.pt": ("model", "metrics", "step")}.items():
             one, other = load(tmp_path / "whole", name), load(out, name)
-            assert all(same(one[part], other[part]) for part in STATE)
+            assert all(same(one[part], other[part]) for part in parts)
         assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "ckpt.pt", "best.pt"}
 
 
 def test_torchrun_passes_a_signal_on_and_one_process_takes_over(tmp_path):
     """SIGTERM to torchrun, as a cluster sends it: both save after the same update."""
     words = f"-m torch.distributed.run --standalone --nproc_per_node 2 trm_deep.py {TINY['trm_deep']} {COMMON}"
-    words += f" --batch_size 4 --max_train_steps 100000 --eval_interval 100000 --save_interval 0 --out_dir {tmp_path}"
+    words += f" --batch_size 4 --max_train_steps 100000 --eval_interval 100000 --out_dir {tmp_path}"
     process = subprocess.Popen([sys.executable, *words.split()], cwd=HERE, stderr=subprocess.DEVNULL)
     try:
         while not (tmp_path / "metrics.jsonl").exists() or len(lines_of(tmp_path)) < 6:
@@ -2821,13 +2721,11 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(count, tmp_path):
     whole, out = run(script, tmp_path / "whole", "--batch_size 16"), tmp_path / "run"
     run(script, out, "--batch_size 16 --max_train_steps 3")
     before = (out / "ckpt.pt").read_bytes()
-    for file, size in (("metrics.jsonl", load(out)["log_size"] + 20), ("(ckpt|best).pt", 20_000)):
-        again = f"--resume --max_train_steps 6 --save_interval 0 --batch_size {16 // count}"
+    for file, size in (("metrics.jsonl", load(out)["state"]["log_size"] + 20), ("(ckpt|best).pt", 20_000)):
+        again = f"--resume --max_train_steps 6 --batch_size {16 // count}"
         full = Processes(script, out, again, count=count, tiny=False, prepare=functools.partial(no_room, size))
-        assert full.wait()[0] == 1
-        error = re.findall("^error.*", full.text(), re.M)
-        assert len(error) == 1 and re.match(rf"error: \S*/{file}: cannot be written \(.*\), expected ", error[0])
-        assert "Traceback" not in full.text(count - 1)
+        assert full.wait() == [1] * count
+        assert re.match(rf"(\[rank 0\] )?error: \S*/{file}: .+, expected .*room\n$", full.text().splitlines(True)[-1])
         assert before == (out / "ckpt.pt").read_bytes() and not list(out.glob("*.tmp"))
     lines = run(script, out, "--resume --max_train_steps 6", tiny=False)
     assert [(line["split"], line["step"]) for line in lines] == [(line["split"], line["step"]) for line in whole]
@@ -2890,11 +2788,11 @@ def test_a_process_that_fails_takes_the_run_down_with_its_own_error_and_wandb_ha
     flags = "--batch_size 4 --max_train_steps 100000 --eval_interval 100000 --wandb_mode offline"
     processes = Processes(script, tmp_path, flags, count=2, prepare=functools.partial(fail_at, 5))
     assert processes.wait() == [1, 1]
-    assert "IndexError: pop from empty list" in processes.text(1) and "rror" not in processes.text()
+    assert "[rank 1] Traceback" in processes.text(1) and "IndexError: pop from empty list" in processes.text(1)
     assert not in_wandb(tmp_path, {"loss", "grad_norm", "val/loss"})
 
 
-def test_one_bad_sample_is_named_where_it_stands_and_one_process_alone_says_so(tmp_path):
+def test_one_bad_sample_is_named_where_it_stands(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 30, 6, 8)).astype(np.float16)
     x[2, 7, 0, 0] = np.inf
     for count, names in enumerate((["train", "train", "val"], ["val", "train", "train"]), start=1):
@@ -2905,31 +2803,28 @@ def test_one_bad_sample_is_named_where_it_stands_and_one_process_alone_says_so(t
         flags = f"--data_folder {folder} --max_train_steps 40 --eval_samples 0 --batch_size {4 // count}"
         processes = Processes("trm_deep", folder / "run", flags, count)
         assert processes.wait() == [1] * count
-        errors = re.findall("^error.*", processes.text(0) + processes.text(count - 1) * (count - 1), re.M)
         where = f"{folder}/{names[2]}_embeddings_chunk_2.npy: sample 7"
-        assert len(errors) == 1 and errors[0].startswith(f"error: {where} is not finite")
+        assert f"error: {where} is not finite" in processes.text(0) + processes.text(count - 1)
 
 
 @pytest.mark.parametrize("flags,code", [("--lr x", 2), ("--data_folder /nowhere", 1)])
-def test_a_mistake_is_said_once_however_many_processes_there_are(flags, code, tmp_path):
+def test_a_mistake_is_one_line_in_each_process(flags, code, tmp_path):
     processes = Processes("trm_deep", tmp_path / "run", flags, count=2)
     assert processes.wait() == [code, code]
-    assert len(re.findall("error: ", processes.text(0) + processes.text(1))) == 1
+    for rank in (0, 1):
+        text = processes.text(rank)
+        assert "Traceback" not in text and text.count("error: ") == 1
+        assert code == 2 or text.startswith(f"[rank {rank}] error: ")
 
 
 @each_script
-@pytest.mark.parametrize("save,name", [(0, r"(\w*loss|grad_norm)"), (1, "norm of the weights")])
-def test_an_absurd_learning_rate_stops_the_run_and_saves_nothing_broken(script, save, name, tmp_path, capsys):
-    flags = f"--max_train_steps 50 --log_interval 10 --eval_interval 50 --warmup_steps 0 --save_interval {save}"
+@pytest.mark.parametrize("interval,name", [(50, r"train (\w*loss|grad_norm)"), (1, r"(val \w+|norm of the weights)")])
+def test_an_absurd_learning_rate_stops_the_run_and_saves_nothing_broken(script, interval, name, tmp_path, capsys):
+    flags = f"--max_train_steps 50 --log_interval 10 --eval_interval {interval} --warmup_steps 0"
     _, text = stopped(capsys, script, tmp_path, f"{flags} --lr 1e30")
-    assert re.match(rf"error: step \d+: train {name} is (nan|inf), expected a finite .*; the checkpoint stays", text)
+    assert re.match(rf"error: step \d+: {name} is (nan|inf), expected a finite .*; the checkpoint stays", text)
     for file in ("ckpt.pt", "best.pt"):
         assert all(value.isfinite().all() for value in load(tmp_path, file)["model"].values())
-
-
-def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
-    do_at(monkeypatch, "jepa_lm", 1, lambda: torch.empty(2**60))
-    assert re.match("error: .*allocate.*; a smaller --batch_size or", stopped(capsys, "jepa_lm", tmp_path, "")[1])
 
 
 def report_memory(rank):
@@ -3020,8 +2915,8 @@ def test_every_metric_is_explained_in_the_readme(script, tmp_path):
     more = {"nepa_deep": "", "trm_deep": "--L_cycle_supervision 0.5 --eval_halt", "jepa_lm": "--sigreg 0.02"}[script]
     explained = set(re.findall(r"`(\w+)`", readme_tables(script, "name")))
     for name in set().union(*run(script, tmp_path, f"{more} --max_train_steps 3")):
-        bare = re.sub(r"_\d+", "_0" if script == "trm_deep" else "_1", re.sub(r"^best_", "", name))
-        baseline = re.sub(r"^(untrained|raw|zero|copy|common|no_memory|opening)_", "", bare)
+        bare = re.sub(r"_\d+", "_0" if script == "trm_deep" else "_1", re.sub(r"^(best|first)_", "", name))
+        baseline = re.sub(r"^(raw|zero|copy)_", "", bare)
         assert explained & {bare, baseline}, name
 
 
@@ -3060,21 +2955,15 @@ class Update:
         self.model = self.script.Model(data["config"]).to(self.args.device)
         self.model.grad_checkpoint = self.args.grad_checkpoint
         self.net = torch.compile(self.model) if self.args.compile == "on" else self.model
-        self.loader = Loader(data["train"], self.args.batch_size, 0, self.args.device, data["collate"])
-        self.request()
-        self.batch = self.loader.next()
-        self.request()
-
-    def request(self):
-        self.loader.request(0, torch.zeros(self.args.batch_size, dtype=torch.int64))
+        rows = np.arange(self.args.batch_size)
+        self.batches = training_batches(data["train"], data["collate"], self.args.device, 0, len(rows), [rows])
+        self.batch = next(self.batches)
 
     def __call__(self):
-        batch = {**(self.loader.next() if self.load else self.batch), "step": 0}
+        batch = {**(next(self.batches) if self.load else self.batch), "step": 0}
         batch["share"] = torch.ones_like(batch.pop("counts")) if "counts" in batch else 1.0
         with self.script.autocast(self.args):
-            loss = self.script.compute_loss(self.net, batch, None, self.args)[0]
-        if self.load:
-            self.request()
+            loss = self.script.compute_loss(self.net, batch, {}, self.args)[0]
         loss.backward()
         self.model.zero_grad(set_to_none=False)
 
@@ -3114,7 +3003,7 @@ def write_random_chats(path):
 def benchmark(flags):
     """Ratios variant / base, measured in one process and printed as they come, predictions by counting beside them."""
     args = parsed("nepa_deep", flags)
-    cuda = args.device.startswith("cuda")
+    cuda = args.device.type == "cuda"
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if cuda else machine
     print(f"{machine}, torch {torch.__version__}, {args.dtype}, compile {args.compile}, {datetime.date.today()}")
