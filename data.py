@@ -60,8 +60,8 @@ class Subset:
 class Concat:
     """The tensors of several files as one: len() and indexing with int64 arrays, which gives float32.
 
-    Indexing raises DataError for a number that is not finite and, unless padded, for a sample [T, ...] that ends in
-    zeros.
+    Indexing raises DataError for a number that is not finite and, unless padded, for a sample [T, D] that begins or
+    ends in zeros.
     """
 
     def __init__(self, tensors, files, padded=True):
@@ -77,10 +77,10 @@ class Concat:
         picked = torch.stack([self.tensors[i][row].float() for i, row in zip(which, rows)])
         bad = ~picked.isfinite().flatten(1).all(1)
         if not self.padded:
-            bad |= (picked[:, -1] == 0).all(-1)
+            bad |= (picked[:, [0, -1]] == 0).all(-1).any(1)
         if bad.any():
             at = int(bad.int().argmax())
-            what = "is not finite or ends in zeros, expected numbers, cut to windows of equal length"
+            what = "is not finite or begins or ends in zeros, expected numbers, cut to windows of equal length"
             raise DataError(f"{self.files[which[at]]}: sample {rows[at]} {what}")
         return picked
 

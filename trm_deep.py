@@ -1,20 +1,18 @@
-"""Tiny Recursive Model over sentence embeddings, supervised inside its recursion.
+"""Tiny Recursive Model over embeddings, supervised inside its recursion.
 
 One small network is applied again and again: a latent z_L is refined L_cycles times, then the answer z_H once; H_cycles
 of that make one supervision step, and a row of the batch takes up to halt_max_steps of them before it gets new data.
-The model reads a sequence of sentence embeddings and predicts each next one. Normally only the last H cycle is trained
-("Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871); deep supervision puts the loss on every one.
+The model reads embeddings (a puzzle's cells, a text's sentences) and predicts others (the digits, the next sentence).
+Normally only the last H cycle is trained ("Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871);
+deep supervision puts the loss on every one, a curriculum over depth begins with one cycle and adds the others later.
 
-  python trm_deep.py --enable_deep_supervision --deep_supervision_schedule linear_decay      # laptop, 1 to 2 minutes
+  python trm_deep.py --enable_deep_supervision --deep_supervision_schedule linear_decay      # laptop, 2 minutes
   python trm_deep.py --data_folder DIR --enable_deep_supervision                             # your embeddings, any GPU
   torchrun --nproc_per_node 8 trm_deep.py --data_folder DIR --enable_deep_supervision        # many GPUs
 
-Without --data_folder it learns a synthetic dataset of "flashback stories". The first command's last lines, seed 0:
+Without --data_folder it learns 6 x 6 Sudokus. The first command's last lines, seed 0:
 
-  Step 1500/1500, Val Loss: 0.0261 | Steps: ['0.0804', '0.0368', '0.0261'] | Exact: 0.9587
-  validation                                    loss   exact
-  this model                                  0.0261  0.9587
-  before training                             2.0405  0.0000
+CLOSING
 """
 
 import argparse
@@ -190,17 +188,18 @@ class Model(nn.Module):
         """What a state [B, T, D] predicts, at every position or at t alone: float32 [B, T or 1, D_out]."""
         return self.lm_head(z if t is None else z[:, [t]]).float()
 
-    def forward(self, carry, batch, enable_deep_supervision=False, t=None, latent_logits=False):
+    def forward(self, carry, batch, enable_deep_supervision=False, t=None, latent_logits=False, cycles=0, detach=False):
         """One supervision step: halted rows start on their row of batch, the others continue with the data they carry.
 
         carry: from initial_carry or the step before. batch: see initial_carry; a new row may not halt before min_steps
         (default 1). enable_deep_supervision: gradient through every cycle, not only the last. t: logits of one position
-        only (one causal pass computes all). latent_logits: apply the head to z_L after every L cycle too.
+        only (one causal pass computes all). latent_logits: apply the head to z_L after every L cycle too. cycles: run
+        so many H cycles (0: H_cycles). detach: no gradient from one cycle to the one before.
 
         Returns the new carry (detached) and a dict of float32 tensors: logits [B, T, D_out], q_halt_logits [B],
         intermediate_logits, a list over the cycles with a gradient, and latent_logits, a list of lists over L cycles.
         """
-        c, halted = self.config, carry["halted"]
+        c, halted, cycles = self.config, carry["halted"], cycles or self.config.H_cycles
 
         def renew(fresh, old):  # fresh: a number, or broadcast to old [B, ...]
             return torch.where(halted.view(-1, *[1] * (old.ndim - 1)), fresh, old)
@@ -219,17 +218,18 @@ class Model(nn.Module):
 
         if not enable_deep_supervision:  # as in the paper: all cycles but the last have no gradient
             with torch.no_grad():
-                for _ in range(c.H_cycles - 1):
+                for _ in range(cycles - 1):
                     z_H, (*_, z_L) = self.cycle(z_H, z_L, inputs, rotation)
             # Before torch 2.11 a weight cast under no_grad stayed in autocast's cache and lost its gradient below.
             torch.clear_autocast_cache()
+            cycles = 1
         # Keeps only the states between cycles, and recomputes the rest in backward; but for the last, needed first.
         recomputed = functools.partial(checkpoint, self.cycle, use_reentrant=False, preserve_rng_state=False)
         intermediate, latent = [], []  # logits
-        cycles = c.H_cycles if enable_deep_supervision else 1
         for h in range(cycles):
             last = h == cycles - 1
             cycle = recomputed if self.grad_checkpoint and not last else self.cycle
+            z_H, z_L = (z_H.detach(), z_L.detach()) if detach and h else (z_H, z_L)
             z_H, latents = cycle(z_H, z_L, inputs, rotation)
             z_L = latents[-1]
             intermediate.append(self.read_out(z_H, t))
@@ -301,13 +301,13 @@ def supervision_weights(num_steps, schedule, base_weight):
     return weights
 
 
-def compute_deep_supervision_loss(intermediate_logits, labels, weight_schedule, base_weight, curriculum=1.0):
+def compute_deep_supervision_loss(intermediate_logits, labels, weight_schedule, base_weight):
     """Weighted mean of the MSE after every step: sum_i w_i * MSE(step_i, labels) / sum_i w_i.
 
     intermediate_logits: list of predictions [B, T, D], first step first; labels: [B, T, D]. weight_schedule: one of
     supervision_weights', or "dynamic": w_i = base * MSE_i / max_j MSE_j before the last step, without gradient through
-    the weights: hard steps weigh up to base, solved ones nothing. curriculum, 0.0 to 1.0, scales every weight but the
-    last. Returns the loss and the list of the steps' losses (detached): float32 scalars.
+    the weights: hard steps weigh up to base, solved ones nothing.
+    Returns the loss and the list of the steps' losses (detached): float32 scalars.
     """
     losses = [F.mse_loss(logits.float(), labels.float()) for logits in intermediate_logits]
     values = [loss.detach() for loss in losses]
@@ -316,41 +316,62 @@ def compute_deep_supervision_loss(intermediate_logits, labels, weight_schedule, 
         weights = [base_weight * value / hardest for value in values[:-1]] + [1.0]
     else:
         weights = supervision_weights(len(losses), weight_schedule, base_weight)
-    weights = [curriculum * weight for weight in weights[:-1]] + weights[-1:]
     return sum(weight * loss for weight, loss in zip(weights, losses)) / sum(weights), values
 
 
-# ---- data: the synthetic dataset, and folders of embeddings ---------------------------------------------------------
+# ---- data: Sudoku, and folders of embeddings ------------------------------------------------------------------------
 
-BITS, STORY_SENTENCES, STORY_SIZE = 16, 13, 96  # state bits, sentences per story, size of a sentence embedding
+# A candidate digit of a cell excludes the others of its cell, and itself from its row, its column and its box of 2 x 3:
+AXES = (4,), (2, 3), (0, 1), (1, 3)  # of bool [band 3, its rows 2, stack 2, its columns 3, digit 6, puzzle N]
+
+
+def deduce(free):
+    """The candidates that are left once the two simplest rules give no more: arrays as described at AXES."""
+    before = None
+    while not np.array_equal(free, before):
+        before, sure = free, False
+        for axes in AXES:  # the only candidate of a cell, or for a digit in a row, column or box, is right ...
+            sure = sure | free & (free.sum(axes, np.uint8, keepdims=True) == 1)
+        for axes in AXES:  # ... and excludes the others there
+            free = free & (sure | ~sure.any(axes, keepdims=True))
+    return free
 
 
 @functools.lru_cache
 def codebook(seed, device="cpu"):
-    """Q float32 [16, 96], orthonormal rows drawn from the seed: a sentence is (2s - 1) @ Q * sqrt(96 / 16)."""
-    Q = np.linalg.qr(np.random.default_rng(seed).standard_normal((STORY_SIZE, BITS)))[0].T
-    return torch.tensor(Q, dtype=torch.float32, device=device)
+    """float32 [43, 64]: orthogonal codes of length 8 for the digits 1 to 6, a blank and the 36 cells."""
+    Q = np.linalg.qr(np.random.default_rng(seed).standard_normal((64, 43)))[0].T
+    return torch.tensor(8 * Q, dtype=torch.float32, device=device)
+
+
+def decode(x, seed):
+    """The symbols whose codes are the nearest to x [..., 64]: int64 [...], digits 0 to 5 and 6, the blank."""
+    return (x[..., None, :] * codebook(seed, x.device)[:7]).sum(-1).argmax(-1)  # autocast would round a matmul
 
 
 @functools.lru_cache
-def synthetic_dataset():
-    """Flashback stories as bits, uint8 [N, 13, 16]: all 65,536 openings, about one in 16 held out for validation.
+def synthetic_dataset(seed, N=13_024):
+    """Datasets of 6 x 6 Sudokus, boxes of 2 x 3, with 14 clues: 1,024 of N to validate. float32 [N, 36, 64] each.
 
-    The state s is a ring of 16 bits. The pointer d(s) = 1 + 2 s[0] + s[1] tells how far back to look: j1 = max(0, t -
-    d(s_t)), then j2 = max(0, j1 - d(s_j1)). u takes its even bits from s_t, its odd bits from s_j2, and s_{t+1} is Rule
-    30 (Wolfram's cellular automaton) of u. The past determines everything: the irreducible loss is zero.
+    input_embeddings: the code of the clue, or the blank, plus that of the cell; labels: the code of the digit. The
+    rules of deduce solve each puzzle, so each has one solution.
     """
-    n = np.arange(2**BITS)
-    story = np.zeros((len(n), STORY_SENTENCES, BITS), np.uint8)
-    story[:, 0] = n[:, None] >> np.arange(BITS) & 1  # opening number n, the lowest bit first
-    for t in range(STORY_SENTENCES - 1):
-        j = t
-        for _ in range(2):
-            j = np.maximum(0, j - 1 - 2 * story[n, j, 0].astype(int) - story[n, j, 1])
-        u = np.where(np.arange(BITS) % 2 == 0, story[:, t], story[n, j])
-        story[:, t + 1] = np.roll(u, 1, 1) ^ (u | np.roll(u, -1, 1))  # Rule 30: left XOR (centre OR right)
-    held_out = ((n * 2654435761) >> 7) % 16 == 0
-    return {"bits": story[~held_out]}, {"bits": story[held_out]}
+    rng = np.random.default_rng(seed)
+    solution = np.ones((3, 2, 2, 3, 6, N), bool)
+    for cell in range(36):  # a random candidate, then what follows from it
+        cells = solution.reshape(36, 6, N)  # a view
+        cells[cell] = (cells[cell] * rng.random((6, N))).argmax(0) == np.arange(6)[:, None]
+        solution = deduce(solution)
+    clues = solution
+    for cell in rng.permuted(np.tile(np.arange(36)[:, None], N), axis=0):  # of each puzzle another one: int64 [N]
+        fewer = clues.copy()
+        fewer.reshape(36, 6, N)[cell, :, np.arange(N)] = True
+        solved = (deduce(fewer) == solution).all((0, 1, 2, 3, 4))
+        clues = np.where(solved & (fewer.all(4).sum((0, 1, 2, 3)) <= 22), fewer, clues)
+    digits, codes = solution.argmax(4).reshape(36, N).T, codebook(seed)
+    inputs = codes[np.where(clues.all(4).reshape(36, N).T, 6, digits)] + codes[7:]
+    parts = slice(1024, None), slice(1024)
+    return [{"input_embeddings": inputs[part], "labels": codes[digits[part]]} for part in parts]
 
 
 def read_tensors(path):
@@ -374,7 +395,7 @@ def open_chunk(path):
             good = good and x.is_floating_point() and x.ndim == 3 and len(x) and x.shape[1] > ("sequence" in chunk)
         if not good or len({x.shape[:2] for x in chunk.values()}) > 1:
             raise ValueError(f"holds {[f'{name}: {x.dtype} {list(x.shape)}' for name, x in chunk.items()]}")
-    return chunk
+    return {name: x.detach() for name, x in chunk.items()}
 
 
 def open_folder(folder):
@@ -383,48 +404,42 @@ def open_folder(folder):
     Without validation files the last tenth of the training sequences is held out (not a random tenth: neighbours in a
     text stay on one side). Raises DataError for a file that is missing, unreadable or of another shape.
     """
-    datasets, first = [], {}
+    datasets, first, unread = [], {}, {*Path(folder).iterdir()}
     for split in ("train", "val"):
         chunk_name = re.compile(split + r"_embeddings_chunk_(\d+)\.(?:pt|npy)")
-        matches = [match for path in Path(folder).iterdir() if (match := chunk_name.fullmatch(path.name))]
-        numbered = {int(match[1]): Path(folder, match[0]) for match in matches}
-        if len(numbered) < len(matches):
+        found = sorted((int(match[1]), path) for path in unread if (match := chunk_name.fullmatch(path.name)))
+        paths = [path for _, path in found]
+        if len(dict(found)) < len(found):
             raise DataError(f"{folder}: two files of the same {split} chunk, expected one")
-        paths = [numbered[n] for n in sorted(numbered)]
+        unread -= {*paths}
         chunks = [open_chunk(path) for path in paths]
         for path, chunk in zip(paths, chunks):
             shapes = {name: list(x.shape[1:]) for name, x in chunk.items()}
             if shapes != (first := first or shapes):
                 raise DataError(f"{path}: samples of shape {shapes}, expected {first} as in the first file")
-        # Zeros at the end would count as sentences; only a puzzle's inputs may have them.
+        # Zeros at either end would count as sentences; only a puzzle's inputs may have them.
         names = chunks and first
         datasets.append({name: Concat([c[name] for c in chunks], paths, name == "input_embeddings") for name in names})
+    if others := sorted(path.name for path in unread if "embeddings" in path.name):
+        say(f"{folder}: not read: {', '.join(others)}")
     train, val = datasets
-    if not train or size_of(train) < 2:
-        raise DataError(f"{folder}: no training sequences, expected two or more in train_embeddings_chunk_0.pt or .npy")
     if not val:
+        if not train or size_of(train) < 2:
+            raise DataError(f"{folder}: no sequences, expected two or more in train_embeddings_chunk_0.pt or .npy")
         size = size_of(train)
         parts = np.split(np.arange(size), [size - max(1, size // 10)])
         train, val = ({name: Subset(array, part) for name, array in train.items()} for part in parts)
     return train, val
 
 
-def measure(array):
-    """[mean, scale] of embeddings [N, T, D], as D floats and a float: (x - mean) / scale has mean square 1.
-
-    From a sample of at most 2^24 numbers, spread over all of them.
-    """
-    step = 1 + len(array) * array[np.arange(1)].numel() // 2**24
-    sample = array[np.arange(0, len(array), step)].double().flatten(0, 1)
-    mean = sample.mean(0)
-    return [mean.tolist(), (sample - mean).square().mean().sqrt().item()]
+def spread(dataset):
+    """Samples spread over a whole dataset, about 2^24 numbers at most, as in a batch: all to measure by."""
+    numbers = sum(x.numel() for x in pick(dataset, np.arange(1)).values())
+    return pick(dataset, np.arange(0, size_of(dataset), 1 + size_of(dataset) * numbers // 2**24))
 
 
-def inputs_and_labels(picked, seed):
+def inputs_and_labels(picked):
     """Picked samples as a dict of input_embeddings [B, T, D_in] and labels [B, T, D_out], in the data's units."""
-    if "bits" in picked:
-        signs = 2 * torch.from_numpy(picked["bits"]).float() - 1
-        picked = {"sequence": signs @ codebook(seed) * (STORY_SIZE / BITS) ** 0.5}
     if "sequence" in picked:  # T + 1 sentences: all but the last are read, all but the first predicted
         picked = {"input_embeddings": picked["sequence"][:, :-1], "labels": picked["sequence"][:, 1:]}
     return picked
@@ -439,9 +454,11 @@ def make_data(args, config=None):
         config = dataclasses.replace(config, **{name: getattr(args, name) for name in CYCLES})
     if args.predict:
         return {"config": config, "predict": functools.partial(predict, args=args)}
-    train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset()
-    inputs, labels = inputs_and_labels(pick(train, np.arange(1)), args.seed).values()
-    (_, T, D), separate = inputs.shape, "labels" in train
+    train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
+    if not train and not args.eval_only:
+        raise DataError(f"{args.data_folder}: no training sequences, expected train_embeddings_chunk_0.pt or .npy")
+    inputs, labels = inputs_and_labels(pick(val, np.arange(1))).values()
+    (_, T, D), separate = inputs.shape, "labels" in val
     sizes = {"input_size": D, "output_size": labels.shape[2], "separate_labels": separate}
     if config is None:
         if separate and not args.bidirectional:
@@ -450,7 +467,10 @@ def make_data(args, config=None):
         chosen = {"causal": not args.bidirectional, "halt_position": 0 if args.bidirectional else -1, "seq_len": T}
         chosen |= {"hidden_size": args.hidden_size or D, "learn_init": args.enable_deep_supervision}
         if args.data_folder and args.normalize:
-            moments = [measure(array) for array in train.values()]
+            moments = [torch.var_mean(x.double(), (0, 1), correction=0) for x in spread(train).values()]
+            if not all(variance.any() for variance, _ in moments):
+                raise DataError(f"{args.data_folder}: constant embeddings, expected ones that differ")
+            moments = [(mean.tolist(), variance.mean().sqrt().item()) for variance, mean in moments]
             chosen["normalization"] = {"input_embeddings": moments[0], "labels": moments[-1]}
         config = Config.from_dict(vars(args) | sizes | chosen)
     trained = {name: getattr(config, name) for name in sizes}
@@ -458,7 +478,7 @@ def make_data(args, config=None):
         raise DataError(f"{args.data_folder}: {sizes}, expected {trained} as in the run")
 
     def collate(picked, rng=None, rows=None):
-        batch = inputs_and_labels(picked, args.seed)
+        batch = inputs_and_labels(picked)
         for name, (mean, scale) in config.normalization.items():
             batch[name] = (batch[name] - torch.tensor(mean)) / scale
         if rng:  # a longer draw begins with the shorter one: rows have theirs, however the update is split
@@ -467,7 +487,26 @@ def make_data(args, config=None):
             batch["min_steps"] = steps.astype(np.int32)
         return batch
 
-    return {"train": train, "val": val, "collate": collate, "config": config}
+    ridge = fit_ridge(**collate(spread(train))) if args.data_folder and train else None
+    return {"train": train, "val": val, "collate": collate, "config": config, "ridge": ridge}
+
+
+def linear_features(x):
+    """What the linear baseline reads at each position of x [B, T, D]: the embedding and the mean of all up to it."""
+    return torch.cat([x, x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]], dim=-1)
+
+
+def fit_ridge(input_embeddings, labels):
+    """Ridge regression of labels [N, T, D_out] on linear_features; penalty by a held-out tenth. float32 [2 D, D_out]"""
+    x, y = linear_features(input_embeddings).flatten(0, 1), labels.flatten(0, 1)
+    cut = len(x) // 10
+    gram, moment = x[cut:].T @ x[cut:], x[cut:].T @ y[cut:]
+    penalties = gram.diagonal().mean() * 10.0 ** torch.arange(-3, 4)
+    fits = [torch.linalg.solve(gram + penalty * torch.eye(len(gram)), moment) for penalty in penalties]
+    return min(fits, key=lambda weights: F.mse_loss(x[:cut] @ weights, y[:cut]))
+
+
+EXAMPLE = []  # of the latest evaluation: a Sudoku and the answers after the first and the last cycle, int64 [36]
 
 
 def step_losses(metrics):
@@ -477,8 +516,10 @@ def step_losses(metrics):
 
 def describe(metrics):
     """The text of a log line, in the form of the published script."""
-    exact = f" | Exact: {metrics['exact_acc']:.4f}" if "exact_acc" in metrics else ""
-    return f"Loss: {metrics['loss']:.4f} | Steps: {step_losses(metrics)}{exact}"
+    right = ""
+    if "exact_acc" in metrics:
+        right = f" | Exact: {metrics['exact_acc']:.4f} | Solved: {metrics['solved_acc']:.4f}"
+    return f"Loss: {metrics['loss']:.4f} | Steps: {step_losses(metrics)}{right}"
 
 
 def report(metrics):
@@ -488,19 +529,24 @@ def report(metrics):
         f"halting, after {metrics.get('halt_mean_steps', 0):.2f} steps": "halt_",
         "before training": "first_",
         "always zero, the mean of normalized data": "zero_",
-        "the embedding before": "copy_",
+        "copying the input": "copy_",
+        "ridge regression": "ridge_",
     }
-    lines = [f"{'validation':42}{'loss':>8}{'exact':>8}"]
+    lines = [f"{'validation':42}{'loss':>8}{'exact':>8}{'solved':>8}"]
     for title, prefix in rows.items():
         if prefix + "exact_acc" in metrics:
-            lines.append(f"{title:42}{metrics[prefix + 'loss']:8.4f}{metrics[prefix + 'exact_acc']:8.4f}")
-    return "\n".join([*lines, f"after each H cycle: {step_losses(metrics)}"])
+            numbers = (f"{metrics[prefix + name]:8.4f}" for name in ("loss", "exact_acc", "solved_acc"))
+            lines.append(f"{title:42}{''.join(numbers)}")
+    lines.append(f"after each H cycle: {step_losses(metrics)}")
+    for row in zip(*(grid.view(6, 6).tolist() for grid in EXAMPLE)):
+        lines.append("     ".join(" ".join("123456."[digit] for digit in part) for part in row))
+    return "\n".join(lines)
 
 
 def scores(prediction, labels, args, prefix=""):
     """Loss and exact accuracy of a prediction [B, T, D] as metrics."""
-    exact = is_right(prediction, labels, args)[0].float().mean()
-    return {prefix + "loss": F.mse_loss(prediction, labels), prefix + "exact_acc": exact}
+    exact, solved = (right.float().mean() for right in is_right(prediction, labels, args))
+    return {prefix + "loss": F.mse_loss(prediction, labels), prefix + "exact_acc": exact, prefix + "solved_acc": solved}
 
 
 # ---- one supervision step, evaluation, prediction -------------------------------------------------------------------
@@ -509,16 +555,14 @@ def scores(prediction, labels, args, prefix=""):
 def is_right(prediction, labels, args):
     """What counts as a right answer; both [B, T, D] float32. Returns positions bool [B, T] and rows bool [B].
 
-    Synthetic dataset: a sentence is right if all 16 signs decode, a row if all its sentences are right. Real
-    embeddings: a sentence is right if its cosine reaches --halt_cosine, a row if the mean of its cosines does. Cosines
-    are of normalized data: a direction that all sentences share counts for nothing.
+    Sudoku: the code of the right digit is the nearest; a row is a puzzle. Real embeddings: a sentence is right if its
+    cosine reaches --halt_cosine, a row if the mean of its cosines does. Cosines are of normalized data: a direction
+    that all sentences share counts for nothing.
     """
     if args.data_folder:
         cosine = F.cosine_similarity(prediction, labels, dim=-1)
         return cosine >= args.halt_cosine, cosine.mean(1) >= args.halt_cosine
-    Q = codebook(args.seed, labels.device)
-    guess, truth = ((x[..., None, :] * Q).sum(-1) > 0 for x in (prediction, labels))  # autocast rounds a matmul
-    right = (guess == truth).all(-1)
+    right = decode(prediction, args.seed) == decode(labels, args.seed)
     return right, right.all(1)
 
 
@@ -530,20 +574,23 @@ def compute_loss(model, batch, carry, args):
     """
     carry = carry or unwrap(model).initial_carry(batch)
     deep, latent = args.enable_deep_supervision, args.L_cycle_supervision / args.L_cycles
-    carry, outputs = model(carry, batch, enable_deep_supervision=deep, latent_logits=latent > 0)
+    # Curriculum over depth: one cycle at first, one more at even intervals, all from --curriculum_end_step on.
+    cycles, end = args.H_cycles, args.curriculum_end_step
+    if batch["step"] < end:
+        cycles = 1 + batch["step"] * (cycles - 1) // end
+    how = {"latent_logits": latent > 0, "cycles": cycles, "detach": args.detach_cycles}
+    carry, outputs = model(carry, batch, enable_deep_supervision=deep, **how)
     labels = carry["labels"]
-
-    # Curriculum: the losses before the last have weight 0 until the start step, then a linear ramp to the end step.
-    ramp = float(np.interp(batch["step"], (args.curriculum_start_step, args.curriculum_end_step), (0.0, 1.0)))
-    supervision = labels, args.deep_supervision_schedule, args.deep_supervision_weight, ramp
+    supervision = labels, args.deep_supervision_schedule, args.deep_supervision_weight
     loss, losses = compute_deep_supervision_loss(outputs["intermediate_logits"], *supervision)
     for logits in zip(*outputs["latent_logits"]):  # the l-th L cycle of every H cycle
         loss = loss + latent * compute_deep_supervision_loss(logits, *supervision)[0]
     right = is_right(outputs["logits"].detach(), labels, args)[1]  # bool [B]
     halt_loss = F.binary_cross_entropy_with_logits(outputs["q_halt_logits"], right.float())
 
-    steps = {f"step_{h}_loss": value for h, value in enumerate(losses, start=args.H_cycles - len(losses))}
-    metrics = to_sums({"loss": loss.detach(), "q_halt_loss": halt_loss.detach(), **steps}, len(labels))
+    steps = {f"step_{h}_loss": value for h, value in enumerate(losses, start=cycles - len(losses))}
+    steps |= {"loss": loss.detach(), "q_halt_loss": halt_loss.detach(), "cycles": cycles}
+    metrics = to_sums(steps, len(labels))
     metrics["mean_steps"] = ((carry["steps"] * carry["halted"]).sum(), carry["halted"].sum())
     return batch["share"] * (loss + 0.5 * halt_loss), metrics, carry
 
@@ -574,12 +621,18 @@ def evaluate(model, data, args):
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
         with autocast(args):
             outputs = answer(model, batch, diagnose=True, halt=args.eval_halt)
-        labels = batch["labels"]
-        metrics = {f"step_{h}_loss": F.mse_loss(x, labels) for h, x in enumerate(outputs["intermediate_logits"])}
-        metrics |= scores(outputs["logits"], labels, args)
-        metrics |= scores(0 * labels, labels, args, "zero_")
-        if labels.shape == batch["input_embeddings"].shape:
-            metrics |= scores(batch["input_embeddings"], labels, args, "copy_")
+        inputs, labels, answers = batch["input_embeddings"], batch["labels"], outputs["intermediate_logits"]
+        if not sums:  # the first batch
+            grids = () if args.data_folder else (inputs, answers[0], answers[-1])
+            EXAMPLE[:] = [decode(grid[0], args.seed) for grid in grids]
+        metrics = {f"step_{h}_loss": F.mse_loss(x, labels) for h, x in enumerate(answers)}
+        guesses = {"": outputs["logits"], "zero_": 0 * labels}
+        if labels.shape == inputs.shape:
+            guesses["copy_"] = inputs
+        if data["ridge"] is not None:
+            guesses["ridge_"] = linear_features(inputs) @ data["ridge"].to(inputs.device)
+        for prefix, guess in guesses.items():
+            metrics |= scores(guess, labels, args, prefix)
         if args.eval_halt:
             metrics |= scores(outputs["halted_logits"], labels, args, "halt_")
             metrics["halt_mean_steps"] = outputs["halted_steps"].float().mean()
@@ -589,36 +642,37 @@ def evaluate(model, data, args):
 
 @torch.no_grad()
 def predict(model, args):
-    """--predict IN OUT: continue sequences, float [T, D] or [B, T, D], by --rollout N embeddings: float32 [.., N, D].
+    """--predict IN OUT: continue sequences [B, T, D] by --rollout N embeddings: float32 [B, N, D].
 
-    Each new embedding is appended to the model's input. A model of separate labels gives its labels [.., T, D_out].
+    Each new embedding is appended to the model's input. A model of separate labels gives its labels [B, T, D_out].
     Returns what was done in words. Raises DataError for a file that does not fit.
     """
     source, target = map(Path, args.predict)
-    c, prefix = model.config, read_tensors(source)
-    if target.exists():
-        raise DataError(f"{target}: exists already, expected a new file")
-    *rows, T, size = prefix.shape
-    if not prefix.is_floating_point() or len(rows) > 1 or size != c.input_size or not prefix.float().isfinite().all():
-        expected = f"finite floats [T, {c.input_size}] or [B, T, {c.input_size}]"
-        raise DataError(f"{source}: holds {prefix.dtype} {list(prefix.shape)}, expected {expected}")
+    c, x = model.config, read_tensors(source)
+    with expecting(f"finite floats [B, T, {c.input_size}]", source):
+        x = x["input_embeddings"] if isinstance(x, dict) else x  # a chunk of separate labels
+        if x.ndim != 3 or not x.numel() or x.shape[2] != c.input_size or not x.isfinite().all():
+            raise ValueError(f"holds {x.dtype} {list(x.shape)}")
+    if target.exists() or not target.parent.is_dir():
+        raise DataError(f"{target}: exists or its folder does not, expected a new file in a folder that exists")
     (mean, scale), (label_mean, label_scale) = c.normalization["input_embeddings"], c.normalization["labels"]
 
+    if c.separate_labels and args.rollout > 1:
+        say("--rollout has no effect: the run's labels are not the next inputs")
     found, steps = [], 1 if c.separate_labels else args.rollout
-    for part in ((prefix.float() - torch.tensor(mean)) / scale).reshape(-1, T, size).split(args.batch_size):
+    for part in ((x.detach().float() - torch.tensor(mean)) / scale).split(args.batch_size):
         sequence = part.to(args.device)
         for _ in range(steps):
             with autocast(args):
                 new = answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)["halted_logits"]
             sequence = sequence if c.separate_labels else torch.cat([sequence, new[:, -1:]], dim=1)
-        found.append(new if c.separate_labels else sequence[:, T:])
+        found.append(new if c.separate_labels else sequence[:, x.shape[1] :])
     found = torch.cat(found).cpu() * label_scale + torch.tensor(label_mean)  # in the data's units again
-    found = found.reshape(*rows, *found.shape[1:])
     with expecting("a folder with room", target), open(target, "wb") as file:
         np.save(file, found.numpy())
-    longest = T + steps - 1
+    longest = x.shape[1] + steps - 1
     beyond = f"; read up to {longest} at once, trained on {c.seq_len}" if longest > c.seq_len else ""
-    return f"wrote {found.shape[-2]} embeddings for each sequence to {target}{beyond}"
+    return f"wrote {found.shape[1]} embeddings for each sequence to {target}{beyond}"
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -626,9 +680,9 @@ def predict(model, args):
 
 DATA_FLAGS = ("data_folder",)
 EVAL_FLAGS = ("predict", "rollout", "halt_cosine", "eval_halt", *CYCLES)
-DEMO = {"L_cycles": 1, "L_layers": 1, "num_heads": 4, "halt_max_steps": 1, "batch_size": 32, "lr": 3e-3}
-DEMO |= {"weight_decay": 0.5, "beta2": 0.98, "warmup_steps": 50, "min_lr_ratio": 0.05, "ema_decay": 0.0}
-DEMO |= {"max_train_steps": 1500, "eval_interval": 300, "eval_samples": 1024}
+DEMO = {"hidden_size": 128, "num_heads": 4, "L_layers": 1, "L_cycles": 2, "halt_max_steps": 1, "bidirectional": True}
+DEMO |= {"batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.5, "ema_decay": 0.98}
+DEMO |= {"max_train_steps": 1000, "curriculum_end_step": 600, "eval_interval": 200}
 
 
 def add_method_args(parser):
@@ -654,8 +708,8 @@ def add_method_args(parser):
     flag("--deep_supervision_weight", 0.5, "base weight of the losses before the last")
     schedules = "constant, linear_decay, exponential_decay, u_shaped, dynamic (by each cycle's loss), or as 0.3,0.4,1.0"
     flag("--deep_supervision_schedule", "constant", schedules)
-    flag("--curriculum_start_step", 0, "up to this update only the last cycle's loss counts")
-    flag("--curriculum_end_step", 0, "from this update on all count fully; linear between")
+    flag("--detach_cycles", False, "the loss of every cycle, but no gradient from one cycle to the one before")
+    flag("--curriculum_end_step", 0, "train one H cycle at first, one more at even intervals, all from this update on")
     flag("--L_cycle_supervision", 0.0, "weight of a loss after every L cycle as well")
     flag = flag_group(parser, "prediction, with --eval_only --out_dir RUN")
     flag("--predict", None, "continue, or label, the sequences [B, T, D] of IN", nargs=2, metavar=("IN.npy", "OUT.npy"))
@@ -665,16 +719,21 @@ def add_method_args(parser):
 
 def check(args, error):
     """Refuse flags that make no sense together."""
-    deep = args.deep_supervision_weight, args.deep_supervision_schedule, args.curriculum_end_step
-    if not args.enable_deep_supervision and (*deep, args.L_cycle_supervision) != (0.5, "constant", 0, 0.0):
-        error("the flags of deep supervision need --enable_deep_supervision")
+    deep = args.deep_supervision_weight, args.deep_supervision_schedule, args.L_cycle_supervision, args.detach_cycles
+    if not args.enable_deep_supervision and deep != (0.5, "constant", 0.0, False):
+        error(
+            "--deep_supervision_weight, --deep_supervision_schedule, --L_cycle_supervision and --detach_cycles need "
+            "--enable_deep_supervision"
+        )
     if args.deep_supervision_schedule != "dynamic" and not args.eval_only:  # which may have other cycles
         try:
             supervision_weights(args.H_cycles, args.deep_supervision_schedule, args.deep_supervision_weight)
         except ValueError as wrong:
             error(f"--deep_supervision_schedule: {wrong}")
-    if args.curriculum_end_step < args.curriculum_start_step:
-        error("--curriculum_end_step must not come before --curriculum_start_step")
+    if args.curriculum_end_step and "," in args.deep_supervision_schedule:
+        error("--curriculum_end_step needs a schedule for any number of cycles, not a list of weights")
+    if not args.data_folder and not args.eval_only and (args.halt_cosine, args.normalize) != (0.9, True):
+        error("--halt_cosine and --normalize need --data_folder")
     if args.predict and not args.eval_only:
         error("--predict needs --eval_only and the --out_dir of a run")
 
