@@ -12,7 +12,10 @@ deep supervision puts the loss on every one, a curriculum over depth begins with
 
 Without --data_folder it learns 6 x 6 Sudokus. The first command's last lines, seed 0:
 
-CLOSING
+  Step 1000/1000, Val Loss: 0.0173 | Steps: ['0.1239', '0.0388', '0.0173'] | Exact: 0.9892 | Solved: 0.8857
+  validation                                    loss   exact  solved
+  this model                                  0.0173  0.9892  0.8857
+  before training                             2.1406  0.1004  0.0000
 """
 
 import argparse
