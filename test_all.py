@@ -23,6 +23,7 @@ import platform
 import random
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -74,7 +75,7 @@ os.environ["FORK_SERVER"] = "yes"
 
 def typed(script, words):
     """As if the script had been called with these words."""
-    return mock.patch.object(sys, "argv", [f"{script}.py", *words.split()])
+    return mock.patch.object(sys, "argv", [f"{script}.py", *shlex.split(words)])
 
 
 def words_of(script, out_dir, flags="", tiny=True):
@@ -1965,6 +1966,12 @@ def test_chats_too_long_too_few_in_both_files_or_without_pairs_are_said(flags, t
     assert re.search(text, capsys.readouterr().out)
 
 
+def readme_prompt():
+    """The question that the README asks a trained run, and the steps of the answer that it shows."""
+    text = " ".join((HERE / "README.md").read_text().split())
+    return re.search(r'--prompt "(Ann.*?)"` with `(.*?)`, `(.*?)`, `(.*?)`', text).groups()
+
+
 def test_the_synthetic_dataset_is_as_described_and_holds_the_prompt_of_the_readme():
     form, problems = r"(\w+) has (\d) (\w+), (.*), (.*), (.*)\.", {}
     train, val = jepa_lm.synthetic_dataset(0, False)
@@ -1983,11 +1990,9 @@ def test_the_synthetic_dataset_is_as_described_and_holds_the_prompt_of_the_readm
         problems[start, *story] = steps
     assert len(problems) == 22553 + 2505
     assert jepa_lm.synthetic_dataset(1, False)[0][0].tokens.tolist() != train[0].tokens.tolist()
-    text = re.search(r"^## jepa_lm.*?(?=^## )", (HERE / "README.md").read_text(), re.M | re.S)[0]
-    prompt = re.search(r'--prompt "(.*?)"', " ".join(text.split()))[1]
-    person, start, thing, *story = re.fullmatch(form, prompt).groups()
-    assert person in jepa_lm.PEOPLE and thing in jepa_lm.THINGS
-    assert all(f"`{step}`" in text for step in problems[start, *story])
+    question, *steps = readme_prompt()
+    person, start, thing, *story = re.fullmatch(form, question).groups()
+    assert person in jepa_lm.PEOPLE and thing in jepa_lm.THINGS and problems[start, *story] == steps
 
 
 # ==== jepa_lm.py: the losses =========================================================================================
@@ -2214,9 +2219,11 @@ def test_two_processes_when_one_of_them_has_no_pair(tmp_path):
 
 
 def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_path, capsys):
-    """Three chats learned by heart, by an untrained, a half and a fully trained model."""
+    """Chats learned by heart, the README's too, by an untrained, a half and a fully trained model."""
+    question, *steps = readme_prompt()
+    learned = [*RAGGED[:3], chat("\n\n".join(steps), user=question)]
     test = [*RAGGED[:3], chat("a", user="never"), chat("on", user="what?"), chat("a single", system="brief")]
-    out, flags = tmp_path / "run", f"{files_of(tmp_path, RAGGED[:3])} --hidden_size 64 --num_layers 1 --batch_size 3"
+    out, flags = tmp_path / "run", f"{files_of(tmp_path, learned)} --hidden_size 64 --num_layers 1 --batch_size 4"
     flags += " --lr 1e-2 --lbd 0.1 --warmup_steps 5 --max_train_steps 120 --eval_interval 120 --device cpu"
     run("jepa_lm", out, flags, tiny=False)
     args = parsed("jepa_lm", f"--eval_only --out_dir {out} --batch_size 4")
@@ -2244,6 +2251,7 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
         run("jepa_lm", out, f"--eval_only {flags}", tiny=False)
         return capsys.readouterr().out
 
+    assert answer(f'--prompt "{question}"').split() == steps
     assert answer("--prompt what?") == "one\n\ntwo is longer\n\n3\n"
     assert answer("--prompt q --system brief") == "a single step\n"
     assert "before training" not in answer()
