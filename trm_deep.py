@@ -230,9 +230,9 @@ class Model(nn.Module):
         recomputed = functools.partial(checkpoint, self.cycle, use_reentrant=False, preserve_rng_state=False)
         intermediate, latent = [], []  # logits
         for h in range(cycles):
-            last = h == cycles - 1
-            cycle = recomputed if self.grad_checkpoint and not last else self.cycle
-            z_H, z_L = (z_H.detach(), z_L.detach()) if detach and h else (z_H, z_L)
+            if detach and h > 0:
+                z_H, z_L = z_H.detach(), z_L.detach()
+            cycle = recomputed if self.grad_checkpoint and h < cycles - 1 else self.cycle
             z_H, latents = cycle(z_H, z_L, inputs, rotation)
             z_L = latents[-1]
             intermediate.append(self.read_out(z_H, t))
