@@ -685,8 +685,11 @@ def test_noise_cannot_be_predicted(tmp_path, form):
 
 @pytest.mark.parametrize("form", ["next", "noisy"])
 def test_the_noise_test_would_see_a_leak(tmp_path, form):
-    """The source's bidirectional attention."""
+    """The source's bidirectional attention; where labels are known to be the next inputs it is refused."""
     assert train_on_noise(tmp_path, form, "--bidirectional") < 0.9
+    with pytest.raises(SystemExit, match="labels are the later inputs, expected no --bidirectional"):
+        (tmp_path / "other").mkdir()
+        train_on_noise(tmp_path / "other", "sequence", "--bidirectional")
 
 
 # ==== trm_deep.py: the loss ==========================================================================================
@@ -1212,7 +1215,8 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, capsy
         ("flat", prefix[0, 0], floats),
         ("empty", prefix[:0], floats),
         ("narrow", prefix[..., :5], floats),
-        ("nan", prefix * np.nan, floats),
+        ("integers", prefix.astype(int), floats),
+        ("nan", prefix * np.nan, "not finite"),
     ):
         with pytest.raises(SystemExit, match=f"{name}_in.npy: .*{message}"):
             predict(name, content)
@@ -2606,7 +2610,7 @@ BAD_METHOD_FLAGS = {
         "--detach_cycles": "--detach_cycles need --enable_deep_supervision",
         "--enable_deep_supervision --deep_supervision_schedule cubic": "unknown schedule 'cubic'",
         "--enable_deep_supervision --deep_supervision_schedule 0.5,1": "expected 3 weights",
-        "--enable_deep_supervision --deep_supervision_schedule 0.5,1,1": "--curriculum_end_step needs a schedule",
+        "--enable_deep_supervision --deep_supervision_schedule 0.5,1,1": "as a list needs all cycles",
         "--halt_cosine 0.5": "--halt_cosine and --normalize need --data_folder",
         "--data_folder=": "--data_folder is empty",
         "--predict a.npy b.npy": "--predict needs --eval_only",
@@ -3065,7 +3069,7 @@ def benchmark(flags):
     every = Update("nepa_deep", f"{sizes} --use_intermediate_loss")
     row("NEPA, a loss at every layer / at the last", every, Update("nepa_deep", sizes), 1, 1, 15)
 
-    sizes = f"{flags} --batch_size 16 --L_cycles 3 --hidden_size " + (
+    sizes = f"{flags} --batch_size 16 --L_cycles 3 --curriculum_end_step 0 --bidirectional False --hidden_size " + (
         "512 --num_heads 8" if cuda else "256 --L_layers 4 --num_heads 8"
     )
     deep, recomputed = (
@@ -3101,7 +3105,7 @@ def benchmark(flags):
     row("JEPA, three copies of every row / pairs in the row", copies, pairs, size[copies] / size[pairs])
 
     for script in SCRIPTS:  # the demonstrations
-        demo = flags + " --enable_deep_supervision" * (script == "trm_deep")
+        demo = flags + " --enable_deep_supervision --curriculum_end_step 0" * (script == "trm_deep")
         made, fixed = (Update(script, demo, load) for load in (True, False))
         row(f"{script}.py with its data loader / the same batch again", made, fixed, 1, rounds=41)
 

@@ -68,7 +68,7 @@ class Config:
     causal: bool = True
     halt_position: int = 0  # which position the halting head reads; the paper's is the first
     learn_init: bool = True  # H_init and L_init; only deep supervision brings a gradient to them
-    separate_labels: bool = False  # labels are a tensor of their own; False: the inputs, one position later
+    separate_labels: bool = False  # labels are a separate tensor; False: the inputs, one position later
     seq_len: int = 0  # training length, not a model dimension
     # Mean (a float or D of them) and scale of both tensors: the model sees (x - mean) / scale.
     normalization: dict = dataclasses.field(
@@ -280,7 +280,7 @@ def from_official(config, weights):
 
 
 def supervision_weights(num_steps, schedule, base_weight):
-    """Weights of the losses after steps 0 .. num_steps - 1, as a list of floats; the last one is 1.0.
+    """Weights of the losses after steps 0 .. num_steps - 1, as a list of floats; the last one is 1.0 unless given.
 
     schedule: "constant": base; "linear_decay": base * (i + 1) / num_steps; "exponential_decay": base * 2^i /
     2^(num_steps - 1); "u_shaped": 1.0 for the first, base / 2 between; or the weights themselves, a list of numbers or
@@ -325,7 +325,7 @@ def compute_deep_supervision_loss(intermediate_logits, labels, weight_schedule, 
 # ---- data: Sudoku, and folders of embeddings ------------------------------------------------------------------------
 
 # A candidate digit of a cell excludes the others of its cell, and itself from its row, its column and its box of 2 x 3:
-AXES = (4,), (2, 3), (0, 1), (1, 3)  # of bool [band 3, its rows 2, stack 2, its columns 3, digit 6, puzzle N]
+AXES = (4,), (2, 3), (0, 1), (1, 3)  # of bool [band 3, row in it 2, stack 2, column in it 3, digit 6, puzzle N]
 
 
 def deduce(free):
@@ -455,6 +455,7 @@ def make_data(args, config=None):
     """Datasets train and val, collate and config, as the shared part wants them. Raises DataError."""
     if config:  # the weights fit any number of cycles: --eval_only may change it
         config = dataclasses.replace(config, **{name: getattr(args, name) for name in CYCLES})
+    EXAMPLE.clear()  # of an earlier run in this process
     if args.predict:
         return {"config": config, "predict": functools.partial(predict, args=args)}
     train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
@@ -464,6 +465,8 @@ def make_data(args, config=None):
     (_, T, D), separate = inputs.shape, "labels" in val
     sizes = {"input_size": D, "output_size": labels.shape[2], "separate_labels": separate}
     if config is None:
+        if args.bidirectional and not separate:
+            raise DataError(f"{args.data_folder}: labels are the later inputs, expected no --bidirectional")
         if separate and not args.bidirectional:
             say("attention is causal; --bidirectional for labels that are not later inputs")
         # In a causal model the first position has seen one embedding only: the halting head reads the last.
@@ -654,8 +657,10 @@ def predict(model, args):
     c, x = model.config, read_tensors(source)
     with expecting(f"finite floats [B, T, {c.input_size}]", source):
         x = x["input_embeddings"] if isinstance(x, dict) else x  # a chunk of separate labels
-        if x.ndim != 3 or not x.numel() or x.shape[2] != c.input_size or not x.isfinite().all():
+        if not x.is_floating_point() or x.ndim != 3 or not x.numel() or x.shape[2] != c.input_size:
             raise ValueError(f"holds {x.dtype} {list(x.shape)}")
+        if not x.isfinite().all():
+            raise ValueError("holds numbers that are not finite")
     if target.exists() or not target.parent.is_dir():
         raise DataError(f"{target}: exists or its folder does not, expected a new file in a folder that exists")
     (mean, scale), (label_mean, label_scale) = c.normalization["input_embeddings"], c.normalization["labels"]
@@ -734,8 +739,8 @@ def check(args, error):
         except ValueError as wrong:
             error(f"--deep_supervision_schedule: {wrong}")
     if args.curriculum_end_step and "," in args.deep_supervision_schedule:
-        error("--curriculum_end_step needs a schedule for any number of cycles, not a list of weights")
-    if not args.data_folder and not args.eval_only and (args.halt_cosine, args.normalize) != (0.9, True):
+        error("--deep_supervision_schedule as a list needs all cycles from the start: --curriculum_end_step 0")
+    if not args.data_folder and (args.halt_cosine, args.normalize) != (0.9, True):
         error("--halt_cosine and --normalize need --data_folder")
     if args.predict and not args.eval_only:
         error("--predict needs --eval_only and the --out_dir of a run")
