@@ -503,13 +503,13 @@ def linear_features(x):
 
 
 def fit_ridge(input_embeddings, labels):
-    """Ridge regression of labels [N, T, D_out] on linear_features; penalty by a held-out tenth. float32 [2 D, D_out]"""
+    """Ridge regression of labels [N, T, D_out] on linear_features; penalty by the last tenth. float32 [2 D, D_out]"""
     x, y = linear_features(input_embeddings).flatten(0, 1), labels.flatten(0, 1)
-    cut = len(x) // 10
-    gram, moment = x[cut:].T @ x[cut:], x[cut:].T @ y[cut:]
-    penalties = gram.diagonal().mean() * 10.0 ** torch.arange(-3, 4)
+    cut = len(x) * 9 // 10
+    gram, moment = x[:cut].T @ x[:cut], x[:cut].T @ y[:cut]
+    penalties = gram.diagonal().mean() * 10.0 ** torch.arange(-3, 3.5, 0.5)
     fits = [torch.linalg.solve(gram + penalty * torch.eye(len(gram)), moment) for penalty in penalties]
-    return min(fits, key=lambda weights: F.mse_loss(x[:cut] @ weights, y[:cut]))
+    return min(fits, key=lambda weights: F.mse_loss(x[cut:] @ weights, y[cut:]))
 
 
 EXAMPLE = []  # of the latest evaluation: a Sudoku and the answers after the first and the last cycle, int64 [36]
