@@ -463,6 +463,7 @@ def make_data(args, config=None):
         raise DataError(f"{args.data_folder}: no training sequences, expected train_embeddings_chunk_0.pt or .npy")
     inputs, labels = inputs_and_labels(pick(val, np.arange(1))).values()
     (_, T, D), separate = inputs.shape, "labels" in val
+    sample = spread(train) if args.data_folder and train else {}
     sizes = {"input_size": D, "output_size": labels.shape[2], "separate_labels": separate}
     if config is None:
         if args.bidirectional and not separate:
@@ -473,7 +474,7 @@ def make_data(args, config=None):
         chosen = {"causal": not args.bidirectional, "halt_position": 0 if args.bidirectional else -1, "seq_len": T}
         chosen |= {"hidden_size": args.hidden_size or D, "learn_init": args.enable_deep_supervision}
         if args.data_folder and args.normalize:
-            moments = [torch.var_mean(x.double(), (0, 1), correction=0) for x in spread(train).values()]
+            moments = [torch.var_mean(x.double(), (0, 1), correction=0) for x in sample.values()]
             if not all(variance.any() for variance, _ in moments):
                 raise DataError(f"{args.data_folder}: constant embeddings, expected ones that differ")
             moments = [(mean.tolist(), variance.mean().sqrt().item()) for variance, mean in moments]
@@ -493,7 +494,7 @@ def make_data(args, config=None):
             batch["min_steps"] = steps.astype(np.int32)
         return batch
 
-    ridge = fit_ridge(**collate(spread(train))) if args.data_folder and train else None
+    ridge = fit_ridge(**collate(sample)) if sample else None
     return {"train": train, "val": val, "collate": collate, "config": config, "ridge": ridge}
 
 
