@@ -64,23 +64,18 @@ class Config:
     L_cycles: int = 3
     halt_max_steps: int = 10  # N_sup in the paper
     halt_exploration_prob: float = 0.1
-    pos_encodings: str = "rope"  # or none
+    pos_encodings: str = "rope"  # or none: no rotation
     causal: bool = True
     halt_position: int = 0  # which position the halting head reads; the paper's is the first
     learn_init: bool = True  # H_init and L_init; only deep supervision brings a gradient to them
     separate_labels: bool = False  # labels are a separate tensor; False: the inputs, one position later
-    seq_len: int = 0  # training length, not a model dimension
-    # Mean (a float or D of them) and scale of both tensors: the model sees (x - mean) / scale.
-    normalization: dict = dataclasses.field(
-        default_factory=lambda: {"input_embeddings": (0.0, 1.0), "labels": (0.0, 1.0)}
-    )
+    # Mean (a float or D of them) and scale of the inputs and of the labels: the model sees (x - mean) / scale.
+    normalization: tuple = ((0.0, 1.0), (0.0, 1.0))
 
     def __post_init__(self):
         if self.hidden_size % (2 * self.num_heads):
             multiple = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
             raise DataError(f"hidden_size {self.hidden_size}, expected {multiple}")
-        if self.pos_encodings not in ("rope", "none"):
-            raise DataError(f"pos_encodings {self.pos_encodings!r}, expected 'rope' or 'none'")
 
     @classmethod
     def from_dict(cls, names):
@@ -216,7 +211,8 @@ class Model(nn.Module):
         inputs = inputs.to(dtype)
         z_H = renew(self.H_init, carry["z_H"]).to(dtype)  # y in the paper: the answer
         z_L = renew(self.L_init, carry["z_L"]).to(dtype)  # z in the paper: the latent
-        positions = torch.arange(inputs.shape[1], device=inputs.device) * (c.pos_encodings == "rope")  # none: all at 0
+        spacing = {"rope": 1, "none": 0}[c.pos_encodings]
+        positions = torch.arange(inputs.shape[1], device=inputs.device) * spacing
         rotation = rotary(positions, c.hidden_size // c.num_heads)
 
         if not enable_deep_supervision:  # as in the paper: all cycles but the last have no gradient
@@ -241,7 +237,7 @@ class Model(nn.Module):
         # In float32 always. The state is detached: a cross-entropy of .3 beside an MSE of .03 would dominate z_H's
         # gradient (synthetic dataset, 2,500 updates at lr 2e-3, seeds 0 and 1: .998 exact detached, .934 not).
         q = (z_H[:, c.halt_position].detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
-        sure = (q.detach() > 0) & (steps >= data.get("min_steps", 1)) & self.training
+        sure = (q > 0) & (steps >= data.get("min_steps", 1)) & self.training
         stop = sure | (steps >= c.halt_max_steps)
         state = {"z_H": z_H.detach().float(), "z_L": z_L.detach().float(), "steps": steps, "halted": stop}
         logits = {"logits": intermediate[-1], "intermediate_logits": intermediate, "latent_logits": latent}
@@ -284,7 +280,7 @@ def supervision_weights(num_steps, schedule, base_weight):
 
     schedule: "constant": base; "linear_decay": base * (i + 1) / num_steps; "exponential_decay": base * 2^i /
     2^(num_steps - 1); "u_shaped": 1.0 for the first, base / 2 between; or the weights themselves, a list of numbers or
-    text such as "0.3,0.4,0.7,1.0". Raises ValueError for anything else.
+    text such as "0.3,0.4,0.7,1.0". Raises ValueError for other text or weights.
     """
     last = num_steps - 1
     formulas = {
@@ -295,10 +291,7 @@ def supervision_weights(num_steps, schedule, base_weight):
     }
     if str(schedule) in formulas:
         return [*formulas[schedule], 1.0]
-    try:
-        weights = [float(weight) for weight in (schedule.split(",") if isinstance(schedule, str) else schedule)]
-    except (TypeError, ValueError):
-        raise ValueError(f"unknown schedule {schedule!r}") from None
+    weights = [float(weight) for weight in (schedule.split(",") if isinstance(schedule, str) else schedule)]
     if len(weights) != num_steps or not all(0 <= w < float("inf") for w in weights) or weights[-1] == 0:
         raise ValueError(f"schedule {schedule!r}: expected {num_steps} weights of 0 or more, the last above 0")
     return weights
@@ -329,15 +322,15 @@ AXES = (4,), (2, 3), (0, 1), (1, 3)  # of bool [band 3, row in it 2, stack 2, co
 
 
 def deduce(free):
-    """The candidates that are left once the two simplest rules give no more: arrays as described at AXES."""
-    before = None
+    """The candidates, bool [cell 36, digit 6, N], that are left once the two simplest rules exclude no more."""
+    free, before = free.reshape(3, 2, 2, 3, 6, -1), None  # see AXES
     while not np.array_equal(free, before):
         before, sure = free, False
         for axes in AXES:  # the only candidate of a cell, or for a digit in a row, column or box, is right ...
             sure = sure | free & (free.sum(axes, np.uint8, keepdims=True) == 1)
         for axes in AXES:  # ... and excludes the others there
             free = free & (sure | ~sure.any(axes, keepdims=True))
-    return free
+    return free.reshape(36, 6, -1)
 
 
 @functools.lru_cache
@@ -360,75 +353,68 @@ def synthetic_dataset(seed, N=13_024):
     rules of deduce solve each puzzle, so each has one solution.
     """
     rng = np.random.default_rng(seed)
-    solution = np.ones((3, 2, 2, 3, 6, N), bool)
+    solution = np.ones((36, 6, N), bool)
     for cell in range(36):  # a random candidate, then what follows from it
-        cells = solution.reshape(36, 6, N)  # a view
-        cells[cell] = (cells[cell] * rng.random((6, N))).argmax(0) == np.arange(6)[:, None]
+        solution[cell] = (solution[cell] * rng.random((6, N))).argmax(0) == np.arange(6)[:, None]
         solution = deduce(solution)
     clues = solution
     for cell in rng.permuted(np.tile(np.arange(36)[:, None], N), axis=0):  # of each puzzle another one: int64 [N]
         fewer = clues.copy()
-        fewer.reshape(36, 6, N)[cell, :, np.arange(N)] = True
-        solved = (deduce(fewer) == solution).all((0, 1, 2, 3, 4))
-        clues = np.where(solved & (fewer.all(4).sum((0, 1, 2, 3)) <= 22), fewer, clues)
-    digits, codes = solution.argmax(4).reshape(36, N).T, codebook(seed)
-    inputs = codes[np.where(clues.all(4).reshape(36, N).T, 6, digits)] + codes[7:]
-    parts = slice(1024, None), slice(1024)
-    return [{"input_embeddings": inputs[part], "labels": codes[digits[part]]} for part in parts]
-
-
-def read_tensors(path):
-    """What torch.save or np.save wrote to path, as tensors, memory-mapped. Raises DataError."""
-    with expecting("a tensor saved by torch.save or np.save", path):
-        if path.suffix != ".npy":
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        # NumPy keeps a file open for every memory map (1,024 is a common limit), torch does not.
-        head = np.load(path, mmap_mode="r")
-        content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
-        return torch.from_numpy(np.ndarray(head.shape, head.dtype, content, head.offset, head.strides))
+        fewer[cell, :, np.arange(N)] = True
+        solved = (deduce(fewer) == solution).all((0, 1))
+        clues = np.where(solved & (fewer.all(1).sum(0) <= 22), fewer, clues)
+    digits, codes = solution.argmax(1).T, codebook(seed)
+    inputs, labels = codes[np.where(clues.all(1).T, 6, digits)] + codes[7:], codes[digits]
+    return [{"input_embeddings": inputs[part], "labels": labels[part]} for part in (slice(1024, None), slice(1024))]
 
 
 def open_chunk(path):
     """One chunk's tensors, memory-mapped: sequence [N, T + 1, D], or input_embeddings and labels [N, T, D]."""
-    chunk = read_tensors(path)
-    chunk = dict(sorted(chunk.items())) if isinstance(chunk, dict) else {"sequence": chunk}  # inputs first
+    with expecting("a tensor saved by torch.save or np.save", path):
+        if path.suffix == ".npy":
+            chunk = torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch warns of read-only memory
+        else:
+            chunk = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     with expecting("floats [N, T + 1, D], or a dict of input_embeddings and labels with the same N and T", path):
+        chunk = dict(sorted(chunk.items())) if isinstance(chunk, dict) else {"sequence": chunk}  # inputs first
         good = list(chunk) in (["sequence"], ["input_embeddings", "labels"])
         for x in chunk.values():
-            good = good and x.is_floating_point() and x.ndim == 3 and len(x) and x.shape[1] > ("sequence" in chunk)
+            good = good and x.is_floating_point() and x.ndim == 3 and x.numel()
+            x.requires_grad_(False)
         if not good or len({x.shape[:2] for x in chunk.values()}) > 1:
             raise ValueError(f"holds {[f'{name}: {x.dtype} {list(x.shape)}' for name, x in chunk.items()]}")
-    return {name: x.detach() for name, x in chunk.items()}
+    return chunk
 
 
 def open_folder(folder):
     """Datasets train and val of folder/{train,val}_embeddings_chunk_*.{pt,npy}, chunks in numeric order.
 
     Without validation files the last tenth of the training sequences is held out (not a random tenth: neighbours in a
-    text stay on one side). Raises DataError for a file that is missing, unreadable or of another shape.
+    text stay on one side). A dataset without any file is {}. Raises DataError for a file that is unreadable or of
+    another shape than the first.
     """
     datasets, first, unread = [], {}, {*Path(folder).iterdir()}
     for split in ("train", "val"):
-        chunk_name = re.compile(split + r"_embeddings_chunk_(\d+)\.(?:pt|npy)")
-        found = sorted((int(match[1]), path) for path in unread if (match := chunk_name.fullmatch(path.name)))
-        paths = [path for _, path in found]
-        if len(dict(found)) < len(found):
-            raise DataError(f"{folder}: two files of the same {split} chunk, expected one")
-        unread -= {*paths}
-        chunks = [open_chunk(path) for path in paths]
-        for path, chunk in zip(paths, chunks):
+        name = rf"{split}_embeddings_chunk_(\d+)\.(?:pt|npy)"
+        numbered = {int(match[1]): path for path in sorted(unread) if (match := re.fullmatch(name, path.name))}
+        chunks = {path: open_chunk(path) for _, path in sorted(numbered.items())}
+        unread -= {*chunks}
+        for path, chunk in chunks.items():
             shapes = {name: list(x.shape[1:]) for name, x in chunk.items()}
             if shapes != (first := first or shapes):
                 raise DataError(f"{path}: samples of shape {shapes}, expected {first} as in the first file")
         # Zeros at either end would count as sentences; only a puzzle's inputs may have them.
-        names = chunks and first
-        datasets.append({name: Concat([c[name] for c in chunks], paths, name == "input_embeddings") for name in names})
+        datasets.append(
+            {
+                name: Concat([chunk[name] for chunk in chunks.values()], [*chunks], name == "input_embeddings")
+                for name in first
+                if chunks
+            }
+        )
     if others := sorted(path.name for path in unread if "embeddings" in path.name):
         say(f"{folder}: not read: {', '.join(others)}")
     train, val = datasets
-    if not val:
-        if not train or size_of(train) < 2:
-            raise DataError(f"{folder}: no sequences, expected two or more in train_embeddings_chunk_0.pt or .npy")
+    if train and not val:
         size = size_of(train)
         parts = np.split(np.arange(size), [size - max(1, size // 10)])
         train, val = ({name: Subset(array, part) for name, array in train.items()} for part in parts)
@@ -439,13 +425,6 @@ def spread(dataset):
     """Samples spread over a whole dataset, about 2^24 numbers at most, as in a batch: all to measure by."""
     numbers = sum(x.numel() for x in pick(dataset, np.arange(1)).values())
     return pick(dataset, np.arange(0, size_of(dataset), 1 + size_of(dataset) * numbers // 2**24))
-
-
-def inputs_and_labels(picked):
-    """Picked samples as a dict of input_embeddings [B, T, D_in] and labels [B, T, D_out], in the data's units."""
-    if "sequence" in picked:  # T + 1 sentences: all but the last are read, all but the first predicted
-        picked = {"input_embeddings": picked["sequence"][:, :-1], "labels": picked["sequence"][:, 1:]}
-    return picked
 
 
 CYCLES = ("H_cycles", "L_cycles", "halt_max_steps")
@@ -459,35 +438,38 @@ def make_data(args, config=None):
     if args.predict:
         return {"config": config, "predict": functools.partial(predict, args=args)}
     train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
-    if not train and not args.eval_only:
-        raise DataError(f"{args.data_folder}: no training sequences, expected train_embeddings_chunk_0.pt or .npy")
-    inputs, labels = inputs_and_labels(pick(val, np.arange(1))).values()
-    (_, T, D), separate = inputs.shape, "labels" in val
+    if not (val if args.eval_only else train and size_of(train)):
+        raise DataError(f"{args.data_folder}: too few sequences, expected two in train_embeddings_chunk_0.pt or .npy")
     sample = spread(train) if args.data_folder and train else {}
-    sizes = {"input_size": D, "output_size": labels.shape[2], "separate_labels": separate}
+    widths, separate = [x.shape[2] for x in pick(val, np.arange(1)).values()], "labels" in val
+    sizes = {"input_size": widths[0], "output_size": widths[-1], "separate_labels": separate}
     if config is None:
         if args.bidirectional and not separate:
             raise DataError(f"{args.data_folder}: labels are the later inputs, expected no --bidirectional")
         if separate and not args.bidirectional:
             say("attention is causal; --bidirectional for labels that are not later inputs")
         # In a causal model the first position has seen one embedding only: the halting head reads the last.
-        chosen = {"causal": not args.bidirectional, "halt_position": 0 if args.bidirectional else -1, "seq_len": T}
-        chosen |= {"hidden_size": args.hidden_size or D, "learn_init": args.enable_deep_supervision}
+        chosen = {"causal": not args.bidirectional, "halt_position": 0 if args.bidirectional else -1}
+        chosen |= {"hidden_size": args.hidden_size or widths[0], "learn_init": args.enable_deep_supervision}
         if args.data_folder and args.normalize:
-            moments = [torch.var_mean(x.double(), (0, 1), correction=0) for x in sample.values()]
-            if not all(variance.any() for variance, _ in moments):
-                raise DataError(f"{args.data_folder}: constant embeddings, expected ones that differ")
-            moments = [(mean.tolist(), variance.mean().sqrt().item()) for variance, mean in moments]
-            chosen["normalization"] = {"input_embeddings": moments[0], "labels": moments[-1]}
+            moments = []  # of the sequences, or of inputs and labels
+            for x in sample.values():
+                variance, mean = torch.var_mean(x.double(), (0, 1), correction=0)
+                if not variance.any():
+                    raise DataError(f"{args.data_folder}: constant embeddings, expected ones that differ")
+                moments.append((mean.tolist(), variance.mean().sqrt().item()))
+            chosen["normalization"] = moments[0], moments[-1]
         config = Config.from_dict(vars(args) | sizes | chosen)
     trained = {name: getattr(config, name) for name in sizes}
     if sizes != trained:
         raise DataError(f"{args.data_folder}: {sizes}, expected {trained} as in the run")
 
     def collate(picked, rng=None, rows=None):
-        batch = inputs_and_labels(picked)
-        for name, (mean, scale) in config.normalization.items():
-            batch[name] = (batch[name] - torch.tensor(mean)) / scale
+        if "sequence" in picked:  # T + 1 sentences: all but the last are read, all but the first predicted
+            picked = {"input_embeddings": picked["sequence"][:, :-1], "labels": picked["sequence"][:, 1:]}
+        batch = {}
+        for (name, x), (mean, scale) in zip(picked.items(), config.normalization):
+            batch[name] = (x - torch.tensor(mean)) / scale
         if rng:  # a longer draw begins with the shorter one: rows have theirs, however the update is split
             explore, uniform = rng.random((rows[-1] + 1, 2))[rows].T
             steps = np.where(explore < args.halt_exploration_prob, 2 + uniform * (args.halt_max_steps - 1), 1)
@@ -500,7 +482,7 @@ def make_data(args, config=None):
 
 def linear_features(x):
     """What the linear baseline reads at each position of x [B, T, D]: the embedding and the mean of all up to it."""
-    return torch.cat([x, x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]], dim=-1)
+    return torch.cat([x, x.cumsum(1) / torch.ones_like(x).cumsum(1)], dim=-1)
 
 
 def fit_ridge(input_embeddings, labels):
@@ -516,17 +498,13 @@ def fit_ridge(input_embeddings, labels):
 EXAMPLE = []  # of the latest evaluation: a Sudoku and the answers after the first and the last cycle, int64 [36]
 
 
-def step_losses(metrics):
-    """The loss after each H cycle, as the published script prints them."""
-    return [f"{value:.4f}" for name, value in metrics.items() if re.fullmatch(r"step_\d+_loss", name)]
-
-
 def describe(metrics):
-    """The text of a log line, in the form of the published script."""
-    right = ""
+    """The text of a log line, in the form of the published script: Steps are the losses after each H cycle."""
+    steps = [f"{value:.4f}" for name, value in metrics.items() if re.fullmatch(r"step_\d+_loss", name)]
+    text = f"Loss: {metrics['loss']:.4f} | Steps: {steps}"
     if "exact_acc" in metrics:
-        right = f" | Exact: {metrics['exact_acc']:.4f} | Solved: {metrics['solved_acc']:.4f}"
-    return f"Loss: {metrics['loss']:.4f} | Steps: {step_losses(metrics)}{right}"
+        text += f" | Exact: {metrics['exact_acc']:.4f} | Solved: {metrics['solved_acc']:.4f}"
+    return text
 
 
 def report(metrics):
@@ -544,16 +522,9 @@ def report(metrics):
         if prefix + "exact_acc" in metrics:
             numbers = (f"{metrics[prefix + name]:8.4f}" for name in ("loss", "exact_acc", "solved_acc"))
             lines.append(f"{title:42}{''.join(numbers)}")
-    lines.append(f"after each H cycle: {step_losses(metrics)}")
     for row in zip(*(grid.view(6, 6).tolist() for grid in EXAMPLE)):
         lines.append("     ".join(" ".join("123456."[digit] for digit in part) for part in row))
     return "\n".join(lines)
-
-
-def scores(prediction, labels, args, prefix=""):
-    """Loss and exact accuracy of a prediction [B, T, D] as metrics."""
-    exact, solved = (right.float().mean() for right in is_right(prediction, labels, args))
-    return {prefix + "loss": F.mse_loss(prediction, labels), prefix + "exact_acc": exact, prefix + "solved_acc": solved}
 
 
 # ---- one supervision step, evaluation, prediction -------------------------------------------------------------------
@@ -580,13 +551,12 @@ def compute_loss(model, batch, carry, args):
     at first. Returns this micro-batch's share of the update's loss, metrics as (sum, count) pairs, and the next carry.
     """
     carry = carry or unwrap(model).initial_carry(batch)
-    deep, latent = args.enable_deep_supervision, args.L_cycle_supervision / args.L_cycles
     # Curriculum over depth: one cycle at first, one more at even intervals, all from --curriculum_end_step on.
     cycles, end = args.H_cycles, args.curriculum_end_step
     if batch["step"] < end:
         cycles = 1 + batch["step"] * (cycles - 1) // end
-    how = {"latent_logits": latent > 0, "cycles": cycles, "detach": args.detach_cycles}
-    carry, outputs = model(carry, batch, enable_deep_supervision=deep, **how)
+    deep, latent = args.enable_deep_supervision, args.L_cycle_supervision / args.L_cycles
+    carry, outputs = model(carry, batch, deep, latent_logits=latent > 0, cycles=cycles, detach=args.detach_cycles)
     labels = carry["labels"]
     supervision = labels, args.deep_supervision_schedule, args.deep_supervision_weight
     loss, losses = compute_deep_supervision_loss(outputs["intermediate_logits"], *supervision)
@@ -629,20 +599,21 @@ def evaluate(model, data, args):
         with autocast(args):
             outputs = answer(model, batch, diagnose=True, halt=args.eval_halt)
         inputs, labels, answers = batch["input_embeddings"], batch["labels"], outputs["intermediate_logits"]
-        if not sums:  # the first batch
-            grids = () if args.data_folder else (inputs, answers[0], answers[-1])
-            EXAMPLE[:] = [decode(grid[0], args.seed) for grid in grids]
+        if not sums and not args.data_folder:  # the first puzzle
+            EXAMPLE[:] = [decode(x[0], args.seed) for x in (inputs, answers[0], answers[-1])]
         metrics = {f"step_{h}_loss": F.mse_loss(x, labels) for h, x in enumerate(answers)}
         guesses = {"": outputs["logits"], "zero_": 0 * labels}
         if labels.shape == inputs.shape:
             guesses["copy_"] = inputs
         if data["ridge"] is not None:
             guesses["ridge_"] = linear_features(inputs) @ data["ridge"].to(inputs.device)
-        for prefix, guess in guesses.items():
-            metrics |= scores(guess, labels, args, prefix)
         if args.eval_halt:
-            metrics |= scores(outputs["halted_logits"], labels, args, "halt_")
+            guesses["halt_"] = outputs["halted_logits"]
             metrics["halt_mean_steps"] = outputs["halted_steps"].float().mean()
+        for prefix, guess in guesses.items():
+            exact, solved = (right.float().mean() for right in is_right(guess, labels, args))
+            loss = F.mse_loss(guess, labels)
+            metrics |= {prefix + "loss": loss, prefix + "exact_acc": exact, prefix + "solved_acc": solved}
         add_sums(sums, to_sums(metrics, len(labels)))
     return means(sums)
 
@@ -655,33 +626,28 @@ def predict(model, args):
     Returns what was done in words. Raises DataError for a file that does not fit.
     """
     source, target = map(Path, args.predict)
-    c, x = model.config, read_tensors(source)
-    with expecting(f"finite floats [B, T, {c.input_size}]", source):
-        x = x["input_embeddings"] if isinstance(x, dict) else x  # a chunk of separate labels
-        if not x.is_floating_point() or x.ndim != 3 or not x.numel() or x.shape[2] != c.input_size:
-            raise ValueError(f"holds {x.dtype} {list(x.shape)}")
-        if not x.isfinite().all():
-            raise ValueError("holds numbers that are not finite")
-    if target.exists() or not target.parent.is_dir():
-        raise DataError(f"{target}: exists or its folder does not, expected a new file in a folder that exists")
-    (mean, scale), (label_mean, label_scale) = c.normalization["input_embeddings"], c.normalization["labels"]
-
-    if c.separate_labels and args.rollout > 1:
+    c, (x, *_) = model.config, open_chunk(source).values()
+    if x.shape[2] != c.input_size:
+        raise DataError(f"{source}: embeddings of size {x.shape[2]}, expected {c.input_size}")
+    x = Concat([x], [source], c.separate_labels)[np.arange(len(x))]
+    (mean, scale), (label_mean, label_scale) = c.normalization
+    rollout = 1 if c.separate_labels else args.rollout
+    if rollout < args.rollout:
         say("--rollout has no effect: the run's labels are not the next inputs")
-    found, steps = [], 1 if c.separate_labels else args.rollout
-    for part in ((x.detach().float() - torch.tensor(mean)) / scale).split(args.batch_size):
-        sequence = part.to(args.device)
-        for _ in range(steps):
-            with autocast(args):
-                new = answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)["halted_logits"]
-            sequence = sequence if c.separate_labels else torch.cat([sequence, new[:, -1:]], dim=1)
-        found.append(new if c.separate_labels else sequence[:, x.shape[1] :])
-    found = torch.cat(found).cpu() * label_scale + torch.tensor(label_mean)  # in the data's units again
-    with expecting("a folder with room", target), open(target, "wb") as file:
-        np.save(file, found.numpy())
-    longest = x.shape[1] + steps - 1
-    beyond = f"; read up to {longest} at once, trained on {c.seq_len}" if longest > c.seq_len else ""
-    return f"wrote {found.shape[1]} embeddings for each sequence to {target}{beyond}"
+    found = []
+    with open(target, "xb") as file:  # at once: no computing in vain
+        for part in ((x - torch.tensor(mean)) / scale).split(args.batch_size):
+            sequence = part.to(args.device)
+            for _ in range(rollout):
+                with autocast(args):
+                    new = answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)["halted_logits"]
+                if not c.separate_labels:
+                    sequence = torch.cat([sequence, new[:, -1:]], dim=1)
+                    new = sequence[:, x.shape[1] :]
+            found.append(new.cpu())
+        predicted = torch.cat(found) * label_scale + torch.tensor(label_mean)  # in the data's units again
+        np.save(file, predicted.numpy())
+    return f"wrote {predicted.shape[1]} embeddings for each sequence to {target}"
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -735,12 +701,11 @@ def check(args, error):
             "--enable_deep_supervision"
         )
     if args.deep_supervision_schedule != "dynamic" and not args.eval_only:  # which may have other cycles
-        try:
-            supervision_weights(args.H_cycles, args.deep_supervision_schedule, args.deep_supervision_weight)
-        except ValueError as wrong:
-            error(f"--deep_supervision_schedule: {wrong}")
-    if args.curriculum_end_step and "," in args.deep_supervision_schedule:
-        error("--deep_supervision_schedule as a list needs all cycles from the start: --curriculum_end_step 0")
+        cycles = 1 if args.curriculum_end_step else args.H_cycles
+        with expecting(
+            "a name, or the weights of all cycles and --curriculum_end_step 0", "--deep_supervision_schedule"
+        ):
+            supervision_weights(cycles, args.deep_supervision_schedule, args.deep_supervision_weight)
     if not args.data_folder and (args.halt_cosine, args.normalize) != (0.9, True):
         error("--halt_cosine and --normalize need --data_folder")
     if args.predict and not args.eval_only:
