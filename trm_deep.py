@@ -73,9 +73,9 @@ class Config:
     normalization: tuple = ((0.0, 1.0), (0.0, 1.0))
 
     def __post_init__(self):
-        if self.hidden_size % (2 * self.num_heads):
-            multiple = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
-            raise DataError(f"hidden_size {self.hidden_size}, expected {multiple}")
+        pairs = 2 * self.num_heads
+        if self.hidden_size % pairs:
+            raise DataError(f"hidden_size {self.hidden_size}, expected a multiple of 2 * num_heads = {pairs}")
 
     @classmethod
     def from_dict(cls, names):
@@ -175,16 +175,12 @@ class Model(nn.Module):
         return h
 
     def cycle(self, z_H, z_L, inputs, rotation):
-        """L_cycles refinements of the latent, then one of the answer. Returns z_H and the list of latents."""
+        """L_cycles refinements of the latent, then one of the answer. Returns both, and all the latents as a list."""
         x, latents = self.embed(inputs), []
         for _ in range(self.config.L_cycles):
             z_L = self.net(z_L, z_H + x, rotation)
             latents.append(z_L)
-        return self.net(z_H, z_L, rotation), latents
-
-    def read_out(self, z, t):
-        """What a state [B, T, D] predicts, at every position or at t alone: float32 [B, T or 1, D_out]."""
-        return self.lm_head(z if t is None else z[:, [t]]).float()
+        return self.net(z_H, z_L, rotation), z_L, latents
 
     def forward(self, carry, batch, enable_deep_supervision=False, t=None, latent_logits=False, cycles=0, detach=False):
         """One supervision step: halted rows start on their row of batch, the others continue with the data they carry.
@@ -202,6 +198,9 @@ class Model(nn.Module):
         def renew(fresh, old):  # fresh: a number, or broadcast to old [B, ...]
             return torch.where(halted.view(-1, *[1] * (old.ndim - 1)), fresh, old)
 
+        def read_out(z):  # what a state [B, T, D] predicts, at every position or at t alone
+            return self.lm_head(z if t is None else z[:, [t]]).float()
+
         data = {name: renew(batch[name], carry[name]) for name in CARRIED if name in batch}
         steps = renew(0, carry["steps"]) + 1
         inputs = data["input_embeddings"]
@@ -218,7 +217,7 @@ class Model(nn.Module):
         if not enable_deep_supervision:  # as in the paper: all cycles but the last have no gradient
             with torch.no_grad():
                 for _ in range(cycles - 1):
-                    z_H, (*_, z_L) = self.cycle(z_H, z_L, inputs, rotation)
+                    z_H, z_L, _ = self.cycle(z_H, z_L, inputs, rotation)
             # Before torch 2.11 a weight cast under no_grad stayed in autocast's cache and lost its gradient below.
             torch.clear_autocast_cache()
             cycles = 1
@@ -229,10 +228,9 @@ class Model(nn.Module):
             if detach and h > 0:
                 z_H, z_L = z_H.detach(), z_L.detach()
             cycle = recomputed if self.grad_checkpoint and h < cycles - 1 else self.cycle
-            z_H, latents = cycle(z_H, z_L, inputs, rotation)
-            z_L = latents[-1]
-            intermediate.append(self.read_out(z_H, t))
-            latent.append([self.read_out(z, t) for z in latents if latent_logits])
+            z_H, z_L, latents = cycle(z_H, z_L, inputs, rotation)
+            intermediate.append(read_out(z_H))
+            latent.append([read_out(z) for z in latents if latent_logits])
 
         # In float32 always. The state is detached: a cross-entropy of .3 beside an MSE of .03 would dominate z_H's
         # gradient (synthetic dataset, 2,500 updates at lr 2e-3, seeds 0 and 1: .998 exact detached, .934 not).
@@ -241,7 +239,7 @@ class Model(nn.Module):
         stop = sure | (steps >= c.halt_max_steps)
         state = {"z_H": z_H.detach().float(), "z_L": z_L.detach().float(), "steps": steps, "halted": stop}
         logits = {"logits": intermediate[-1], "intermediate_logits": intermediate, "latent_logits": latent}
-        return {**data, **state}, {**logits, "q_halt_logits": q}
+        return data | state, logits | {"q_halt_logits": q}
 
 
 RecursiveLLM = Model  # the name in the published training scripts
@@ -292,8 +290,8 @@ def supervision_weights(num_steps, schedule, base_weight):
     if str(schedule) in formulas:
         return [*formulas[schedule], 1.0]
     weights = [float(weight) for weight in (schedule.split(",") if isinstance(schedule, str) else schedule)]
-    if len(weights) != num_steps or not all(0 <= w < float("inf") for w in weights) or weights[-1] == 0:
-        raise ValueError(f"schedule {schedule!r}: expected {num_steps} weights of 0 or more, the last above 0")
+    if len(weights) != num_steps or min(weights) < 0 or weights[-1] == 0:
+        raise ValueError(f"{schedule!r} is not {num_steps} weights of 0 or more, the last above 0")
     return weights
 
 
@@ -370,12 +368,12 @@ def synthetic_dataset(seed, N=13_024):
 
 def open_chunk(path):
     """One chunk's tensors, memory-mapped: sequence [N, T + 1, D], or input_embeddings and labels [N, T, D]."""
-    with expecting("a tensor saved by torch.save or np.save", path):
+    shape = "floats [N, T + 1, D], or a dict of input_embeddings and labels with the same N and T"
+    with expecting(f"{shape}, saved by torch.save or np.save", path):
         if path.suffix == ".npy":
             chunk = torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch warns of read-only memory
         else:
             chunk = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    with expecting("floats [N, T + 1, D], or a dict of input_embeddings and labels with the same N and T", path):
         chunk = dict(sorted(chunk.items())) if isinstance(chunk, dict) else {"sequence": chunk}  # inputs first
         good = list(chunk) in (["sequence"], ["input_embeddings", "labels"])
         for x in chunk.values():
@@ -439,7 +437,8 @@ def make_data(args, config=None):
         return {"config": config, "predict": functools.partial(predict, args=args)}
     train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
     if not (val if args.eval_only else train and size_of(train)):
-        raise DataError(f"{args.data_folder}: too few sequences, expected two in train_embeddings_chunk_0.pt or .npy")
+        expected = "two or more in train_embeddings_chunk_0.pt or .npy"
+        raise DataError(f"{args.data_folder}: too few training sequences, expected {expected}")
     sample = spread(train) if args.data_folder and train else {}
     widths, separate = [x.shape[2] for x in pick(val, np.arange(1)).values()], "labels" in val
     sizes = {"input_size": widths[0], "output_size": widths[-1], "separate_labels": separate}
@@ -572,10 +571,10 @@ def compute_loss(model, batch, carry, args):
     return batch["share"] * (loss + 0.5 * halt_loss), metrics, carry
 
 
-def answer(model, batch, diagnose=False, halt=False):
+def answer(model, batch, diagnose=False):
     """Outputs after all halt_max_steps supervision steps; diagnose: with the logits of every cycle of the last step.
 
-    Also halted_logits [B, T, D_out] and halted_steps int [B]: with halt, those of each row's first step with q > 0.
+    Also halted_logits [B, T, D_out] and halted_steps int [B]: those of each row's first step with q > 0.
     """
     carry, steps = model.initial_carry(batch), model.config.halt_max_steps
     running, halted_steps, halted_logits = torch.ones_like(carry["halted"]), 0, 0.0
@@ -584,10 +583,7 @@ def answer(model, batch, diagnose=False, halt=False):
         # A row that has halted keeps its answer; the batch continues as a whole.
         halted_logits = torch.where(running[:, None, None], outputs["logits"], halted_logits)
         halted_steps = halted_steps + running
-        if halt:
-            running = running & (outputs["q_halt_logits"] <= 0)
-            if not diagnose and not running.any():  # a CPU-GPU sync point
-                break
+        running = running & (outputs["q_halt_logits"] <= 0)
     return outputs | {"halted_logits": halted_logits, "halted_steps": halted_steps}
 
 
@@ -597,7 +593,7 @@ def evaluate(model, data, args):
     sums = {}
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
         with autocast(args):
-            outputs = answer(model, batch, diagnose=True, halt=args.eval_halt)
+            outputs = answer(model, batch, diagnose=True)
         inputs, labels, answers = batch["input_embeddings"], batch["labels"], outputs["intermediate_logits"]
         if not sums and not args.data_folder:  # the first puzzle
             EXAMPLE[:] = [decode(x[0], args.seed) for x in (inputs, answers[0], answers[-1])]
@@ -626,7 +622,7 @@ def predict(model, args):
     Returns what was done in words. Raises DataError for a file that does not fit.
     """
     source, target = map(Path, args.predict)
-    c, (x, *_) = model.config, open_chunk(source).values()
+    c, x = model.config, next(iter(open_chunk(source).values()))
     if x.shape[2] != c.input_size:
         raise DataError(f"{source}: embeddings of size {x.shape[2]}, expected {c.input_size}")
     x = Concat([x], [source], c.separate_labels)[np.arange(len(x))]
@@ -640,7 +636,8 @@ def predict(model, args):
             sequence = part.to(args.device)
             for _ in range(rollout):
                 with autocast(args):
-                    new = answer(model, {"input_embeddings": sequence}, halt=args.eval_halt)["halted_logits"]
+                    outputs = answer(model, {"input_embeddings": sequence})
+                new = outputs["halted_logits" if args.eval_halt else "logits"]
                 if not c.separate_labels:
                     sequence = torch.cat([sequence, new[:, -1:]], dim=1)
                     new = sequence[:, x.shape[1] :]
@@ -702,10 +699,11 @@ def check(args, error):
         )
     if args.deep_supervision_schedule != "dynamic" and not args.eval_only:  # which may have other cycles
         cycles = 1 if args.curriculum_end_step else args.H_cycles
-        with expecting(
-            "a name, or the weights of all cycles and --curriculum_end_step 0", "--deep_supervision_schedule"
-        ):
+        try:
             supervision_weights(cycles, args.deep_supervision_schedule, args.deep_supervision_weight)
+        except ValueError as wrong:
+            expected = f"a name or, with --curriculum_end_step 0, {args.H_cycles} weights"
+            error(f"--deep_supervision_schedule: {wrong}, expected {expected}")
     if not args.data_folder and (args.halt_cosine, args.normalize) != (0.9, True):
         error("--halt_cosine and --normalize need --data_folder")
     if args.predict and not args.eval_only:
