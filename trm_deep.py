@@ -66,16 +66,15 @@ class Config:
     halt_exploration_prob: float = 0.1
     pos_encodings: str = "rope"  # or none: no rotation
     causal: bool = True
-    halt_position: int = 0  # which position the halting head reads; the paper's is the first
     learn_init: bool = True  # H_init and L_init; only deep supervision brings a gradient to them
     separate_labels: bool = False  # labels are a separate tensor; False: the inputs, one position later
     # Mean (a float or D of them) and scale of the inputs and of the labels: the model sees (x - mean) / scale.
     normalization: tuple = ((0.0, 1.0), (0.0, 1.0))
 
     def __post_init__(self):
-        pairs = 2 * self.num_heads
-        if self.hidden_size % pairs:
-            raise DataError(f"hidden_size {self.hidden_size}, expected a multiple of 2 * num_heads = {pairs}")
+        unit = 2 * self.num_heads
+        if self.hidden_size % unit:
+            raise DataError(f"hidden_size {self.hidden_size}, expected a multiple of 2 * num_heads = {unit}")
 
     @classmethod
     def from_dict(cls, names):
@@ -210,8 +209,8 @@ class Model(nn.Module):
         inputs = inputs.to(dtype)
         z_H = renew(self.H_init, carry["z_H"]).to(dtype)  # y in the paper: the answer
         z_L = renew(self.L_init, carry["z_L"]).to(dtype)  # z in the paper: the latent
-        spacing = {"rope": 1, "none": 0}[c.pos_encodings]
-        positions = torch.arange(inputs.shape[1], device=inputs.device) * spacing
+        # Without RoPE every position is at 0: no rotation.
+        positions = torch.arange(inputs.shape[1], device=inputs.device) * {"rope": 1, "none": 0}[c.pos_encodings]
         rotation = rotary(positions, c.hidden_size // c.num_heads)
 
         if not enable_deep_supervision:  # as in the paper: all cycles but the last have no gradient
@@ -232,9 +231,11 @@ class Model(nn.Module):
             intermediate.append(read_out(z_H))
             latent.append([read_out(z) for z in latents if latent_logits])
 
+        # The halting head reads the first position, as in the paper, or the last one, which alone has seen all.
+        z = z_H[:, -1 if c.causal else 0]
         # In float32 always. The state is detached: a cross-entropy of .3 beside an MSE of .03 would dominate z_H's
         # gradient (synthetic dataset, 2,500 updates at lr 2e-3, seeds 0 and 1: .998 exact detached, .934 not).
-        q = (z_H[:, c.halt_position].detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
+        q = (z.detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
         sure = (q > 0) & (steps >= data.get("min_steps", 1)) & self.training
         stop = sure | (steps >= c.halt_max_steps)
         state = {"z_H": z_H.detach().float(), "z_L": z_L.detach().float(), "steps": steps, "halted": stop}
@@ -278,7 +279,7 @@ def supervision_weights(num_steps, schedule, base_weight):
 
     schedule: "constant": base; "linear_decay": base * (i + 1) / num_steps; "exponential_decay": base * 2^i /
     2^(num_steps - 1); "u_shaped": 1.0 for the first, base / 2 between; or the weights themselves, a list of numbers or
-    text such as "0.3,0.4,0.7,1.0". Raises ValueError for other text or weights.
+    text such as "0.3,0.4,0.7,1.0". Raises ValueError for other text or another number of weights.
     """
     last = num_steps - 1
     formulas = {
@@ -290,8 +291,8 @@ def supervision_weights(num_steps, schedule, base_weight):
     if str(schedule) in formulas:
         return [*formulas[schedule], 1.0]
     weights = [float(weight) for weight in (schedule.split(",") if isinstance(schedule, str) else schedule)]
-    if len(weights) != num_steps or min(weights) < 0 or weights[-1] == 0:
-        raise ValueError(f"{schedule!r} is not {num_steps} weights of 0 or more, the last above 0")
+    if len(weights) != num_steps:
+        raise ValueError(f"{len(weights)} weights for {num_steps} steps")
     return weights
 
 
@@ -368,8 +369,7 @@ def synthetic_dataset(seed, N=13_024):
 
 def open_chunk(path):
     """One chunk's tensors, memory-mapped: sequence [N, T + 1, D], or input_embeddings and labels [N, T, D]."""
-    shape = "floats [N, T + 1, D], or a dict of input_embeddings and labels with the same N and T"
-    with expecting(f"{shape}, saved by torch.save or np.save", path):
+    with expecting("floats [N, T + 1, D], or input_embeddings and labels [N, T, D], of torch.save or np.save", path):
         if path.suffix == ".npy":
             chunk = torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch warns of read-only memory
         else:
@@ -419,12 +419,6 @@ def open_folder(folder):
     return train, val
 
 
-def spread(dataset):
-    """Samples spread over a whole dataset, about 2^24 numbers at most, as in a batch: all to measure by."""
-    numbers = sum(x.numel() for x in pick(dataset, np.arange(1)).values())
-    return pick(dataset, np.arange(0, size_of(dataset), 1 + size_of(dataset) * numbers // 2**24))
-
-
 CYCLES = ("H_cycles", "L_cycles", "halt_max_steps")
 
 
@@ -437,19 +431,21 @@ def make_data(args, config=None):
         return {"config": config, "predict": functools.partial(predict, args=args)}
     train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
     if not (val if args.eval_only else train and size_of(train)):
-        expected = "two or more in train_embeddings_chunk_0.pt or .npy"
-        raise DataError(f"{args.data_folder}: too few training sequences, expected {expected}")
-    sample = spread(train) if args.data_folder and train else {}
-    widths, separate = [x.shape[2] for x in pick(val, np.arange(1)).values()], "labels" in val
+        raise DataError(
+            f"{args.data_folder}: too few sequences to train on, expected two in train_embeddings_chunk_0.pt"
+        )
+    example, separate = pick(val, np.arange(1)).values(), "labels" in val  # a sequence, or inputs and labels
+    widths, numbers, size = [x.shape[2] for x in example], sum(x.numel() for x in example), size_of(train or val)
+    # To measure by: all the training data, or a part spread over them of about 2^24 numbers, each read once.
+    sample = pick(train, np.arange(0, size, 1 + size * numbers // 2**24)) if args.data_folder and train else {}
     sizes = {"input_size": widths[0], "output_size": widths[-1], "separate_labels": separate}
     if config is None:
         if args.bidirectional and not separate:
             raise DataError(f"{args.data_folder}: labels are the later inputs, expected no --bidirectional")
         if separate and not args.bidirectional:
             say("attention is causal; --bidirectional for labels that are not later inputs")
-        # In a causal model the first position has seen one embedding only: the halting head reads the last.
-        chosen = {"causal": not args.bidirectional, "halt_position": 0 if args.bidirectional else -1}
-        chosen |= {"hidden_size": args.hidden_size or widths[0], "learn_init": args.enable_deep_supervision}
+        chosen = {"hidden_size": args.hidden_size or widths[0]}
+        chosen |= {"causal": not args.bidirectional, "learn_init": args.enable_deep_supervision}
         if args.data_folder and args.normalize:
             moments = []  # of the sequences, or of inputs and labels
             for x in sample.values():
@@ -561,25 +557,25 @@ def compute_loss(model, batch, carry, args):
     loss, losses = compute_deep_supervision_loss(outputs["intermediate_logits"], *supervision)
     for logits in zip(*outputs["latent_logits"]):  # the l-th L cycle of every H cycle
         loss = loss + latent * compute_deep_supervision_loss(logits, *supervision)[0]
-    right = is_right(outputs["logits"].detach(), labels, args)[1]  # bool [B]
+    right = is_right(outputs["logits"], labels, args)[1]  # bool [B]
     halt_loss = F.binary_cross_entropy_with_logits(outputs["q_halt_logits"], right.float())
 
     steps = {f"step_{h}_loss": value for h, value in enumerate(losses, start=cycles - len(losses))}
     steps |= {"loss": loss.detach(), "q_halt_loss": halt_loss.detach(), "cycles": cycles}
     metrics = to_sums(steps, len(labels))
-    metrics["mean_steps"] = ((carry["steps"] * carry["halted"]).sum(), carry["halted"].sum())
+    metrics["mean_steps"] = (carry["steps"] * carry["halted"]).sum(), carry["halted"].sum()
     return batch["share"] * (loss + 0.5 * halt_loss), metrics, carry
 
 
 def answer(model, batch, diagnose=False):
-    """Outputs after all halt_max_steps supervision steps; diagnose: with the logits of every cycle of the last step.
+    """Outputs after all halt_max_steps supervision steps; diagnose: with the logits of every cycle of the last one.
 
     Also halted_logits [B, T, D_out] and halted_steps int [B]: those of each row's first step with q > 0.
     """
-    carry, steps = model.initial_carry(batch), model.config.halt_max_steps
+    carry = model.initial_carry(batch)
     running, halted_steps, halted_logits = torch.ones_like(carry["halted"]), 0, 0.0
-    for step in range(steps):
-        carry, outputs = model(carry, batch, enable_deep_supervision=diagnose and step == steps - 1)
+    for _ in range(model.config.halt_max_steps):
+        carry, outputs = model(carry, batch, enable_deep_supervision=diagnose)
         # A row that has halted keeps its answer; the batch continues as a whole.
         halted_logits = torch.where(running[:, None, None], outputs["logits"], halted_logits)
         halted_steps = halted_steps + running
@@ -702,8 +698,7 @@ def check(args, error):
         try:
             supervision_weights(cycles, args.deep_supervision_schedule, args.deep_supervision_weight)
         except ValueError as wrong:
-            expected = f"a name or, with --curriculum_end_step 0, {args.H_cycles} weights"
-            error(f"--deep_supervision_schedule: {wrong}, expected {expected}")
+            error(f"--deep_supervision_schedule: {wrong}, expected a name, or all weights and no curriculum")
     if not args.data_folder and (args.halt_cosine, args.normalize) != (0.9, True):
         error("--halt_cosine and --normalize need --data_folder")
     if args.predict and not args.eval_only:
