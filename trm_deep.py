@@ -112,7 +112,8 @@ class Block(nn.Module):
         D = config.hidden_size
         # SwiGLU has three matrices; 2/3 keeps the parameter count.
         inner = math.ceil(round(config.expansion * D * 2 / 3) / 256) * 256
-        self.num_heads, self.causal = config.num_heads, config.causal
+        self.num_heads = config.num_heads
+        self.causal = config.causal
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.o = nn.Linear(D, D, bias=False)
         self.gate_up = nn.Linear(D, 2 * inner, bias=False)
@@ -175,7 +176,8 @@ class Model(nn.Module):
 
     def cycle(self, z_H, z_L, inputs, rotation):
         """L_cycles refinements of the latent, then one of the answer. Returns both, and all the latents as a list."""
-        x, latents = self.embed(inputs), []
+        x = self.embed(inputs)
+        latents = []
         for _ in range(self.config.L_cycles):
             z_L = self.net(z_L, z_H + x, rotation)
             latents.append(z_L)
@@ -192,10 +194,11 @@ class Model(nn.Module):
         Returns the new carry (detached) and a dict of float32 tensors: logits [B, T, D_out], q_halt_logits [B],
         intermediate_logits, a list over the cycles with a gradient, and latent_logits, a list of lists over L cycles.
         """
-        c, halted, cycles = self.config, carry["halted"], cycles or self.config.H_cycles
+        c = self.config
+        cycles = cycles or c.H_cycles
 
-        def renew(fresh, old):  # fresh: a number, or broadcast to old [B, ...]
-            return torch.where(halted.view(-1, *[1] * (old.ndim - 1)), fresh, old)
+        def renew(fresh, old):  # where a row has halted; fresh: a number, or broadcast to old [B, ...]
+            return torch.where(carry["halted"].view(-1, *[1] * (old.ndim - 1)), fresh, old)
 
         def read_out(z):  # what a state [B, T, D] predicts, at every position or at t alone
             return self.lm_head(z if t is None else z[:, [t]]).float()
@@ -222,7 +225,8 @@ class Model(nn.Module):
             cycles = 1
         # Keeps only the states between cycles, and recomputes the rest in backward; but for the last, needed first.
         recomputed = functools.partial(checkpoint, self.cycle, use_reentrant=False, preserve_rng_state=False)
-        intermediate, latent = [], []  # logits
+        intermediate = []  # logits after each H cycle
+        latent = []  # logits after its L cycles
         for h in range(cycles):
             if detach and h > 0:
                 z_H, z_L = z_H.detach(), z_L.detach()
@@ -322,9 +326,11 @@ AXES = (4,), (2, 3), (0, 1), (1, 3)  # of bool [band 3, row in it 2, stack 2, co
 
 def deduce(free):
     """The candidates, bool [cell 36, digit 6, N], that are left once the two simplest rules exclude no more."""
-    free, before = free.reshape(3, 2, 2, 3, 6, -1), None  # see AXES
+    free = free.reshape(3, 2, 2, 3, 6, -1)  # see AXES
+    before = None
     while not np.array_equal(free, before):
-        before, sure = free, False
+        before = free
+        sure = False
         for axes in AXES:  # the only candidate of a cell, or for a digit in a row, column or box, is right ...
             sure = sure | free & (free.sum(axes, np.uint8, keepdims=True) == 1)
         for axes in AXES:  # ... and excludes the others there
@@ -362,8 +368,10 @@ def synthetic_dataset(seed, N=13_024):
         fewer[cell, :, np.arange(N)] = True
         solved = (deduce(fewer) == solution).all((0, 1))
         clues = np.where(solved & (fewer.all(1).sum(0) <= 22), fewer, clues)
-    digits, codes = solution.argmax(1).T, codebook(seed)
-    inputs, labels = codes[np.where(clues.all(1).T, 6, digits)] + codes[7:], codes[digits]
+    codes = codebook(seed)
+    digits = solution.argmax(1).T  # int64 [N, 36]
+    labels = codes[digits]
+    inputs = codes[np.where(clues.all(1).T, 6, digits)] + codes[7:]
     return [{"input_embeddings": inputs[part], "labels": labels[part]} for part in (slice(1024, None), slice(1024))]
 
 
@@ -391,8 +399,10 @@ def open_folder(folder):
     text stay on one side). A dataset without any file is {}. Raises DataError for a file that is unreadable or of
     another shape than the first.
     """
-    datasets, first, unread = [], {}, {*Path(folder).iterdir()}
-    for split in ("train", "val"):
+    datasets = {"train": {}, "val": {}}
+    first = {}  # the shapes in the first file
+    unread = {*Path(folder).iterdir()}
+    for split, dataset in datasets.items():
         name = rf"{split}_embeddings_chunk_(\d+)\.(?:pt|npy)"
         numbered = {int(match[1]): path for path in sorted(unread) if (match := re.fullmatch(name, path.name))}
         chunks = {path: open_chunk(path) for _, path in sorted(numbered.items())}
@@ -401,17 +411,13 @@ def open_folder(folder):
             shapes = {name: list(x.shape[1:]) for name, x in chunk.items()}
             if shapes != (first := first or shapes):
                 raise DataError(f"{path}: samples of shape {shapes}, expected {first} as in the first file")
-        # Zeros at either end would count as sentences; only a puzzle's inputs may have them.
-        datasets.append(
-            {
-                name: Concat([chunk[name] for chunk in chunks.values()], [*chunks], name == "input_embeddings")
-                for name in first
-                if chunks
-            }
-        )
+        for name in first if chunks else ():
+            # Zeros at either end would count as sentences; only a puzzle's inputs may have them.
+            tensors = [chunk[name] for chunk in chunks.values()]
+            dataset[name] = Concat(tensors, [*chunks], name == "input_embeddings")
     if others := sorted(path.name for path in unread if "embeddings" in path.name):
         say(f"{folder}: not read: {', '.join(others)}")
-    train, val = datasets
+    train, val = datasets.values()
     if train and not val:
         size = size_of(train)
         parts = np.split(np.arange(size), [size - max(1, size // 10)])
@@ -430,22 +436,24 @@ def make_data(args, config=None):
     if args.predict:
         return {"config": config, "predict": functools.partial(predict, args=args)}
     train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
-    if not (val if args.eval_only else train and size_of(train)):
-        raise DataError(
-            f"{args.data_folder}: too few sequences to train on, expected two in train_embeddings_chunk_0.pt"
-        )
-    example, separate = pick(val, np.arange(1)).values(), "labels" in val  # a sequence, or inputs and labels
-    widths, numbers, size = [x.shape[2] for x in example], sum(x.numel() for x in example), size_of(train or val)
-    # To measure by: all the training data, or a part spread over them of about 2^24 numbers, each read once.
-    sample = pick(train, np.arange(0, size, 1 + size * numbers // 2**24)) if args.data_folder and train else {}
+    needed = val if args.eval_only else train
+    if not needed or not size_of(needed):
+        raise DataError(f"{args.data_folder}: too few training sequences, expected 2 in train_embeddings_chunk_0.pt")
+    example = pick(val, np.arange(1)).values()  # a sequence, or its inputs and labels
+    widths = [x.shape[2] for x in example]
+    separate = "labels" in val
+    sample = {}  # to measure by: samples spread over all the training data, about 2^24 numbers at most, read once
+    if args.data_folder and train:
+        size = size_of(train)
+        sample = pick(train, np.arange(0, size, 1 + size * sum(x.numel() for x in example) // 2**24))
     sizes = {"input_size": widths[0], "output_size": widths[-1], "separate_labels": separate}
     if config is None:
         if args.bidirectional and not separate:
             raise DataError(f"{args.data_folder}: labels are the later inputs, expected no --bidirectional")
         if separate and not args.bidirectional:
             say("attention is causal; --bidirectional for labels that are not later inputs")
-        chosen = {"hidden_size": args.hidden_size or widths[0]}
-        chosen |= {"causal": not args.bidirectional, "learn_init": args.enable_deep_supervision}
+        chosen = {"causal": not args.bidirectional, "learn_init": args.enable_deep_supervision}
+        chosen["hidden_size"] = args.hidden_size or widths[0]
         if args.data_folder and args.normalize:
             moments = []  # of the sequences, or of inputs and labels
             for x in sample.values():
@@ -482,9 +490,11 @@ def linear_features(x):
 
 def fit_ridge(input_embeddings, labels):
     """Ridge regression of labels [N, T, D_out] on linear_features; penalty by the last tenth. float32 [2 D, D_out]"""
-    x, y = linear_features(input_embeddings).flatten(0, 1), labels.flatten(0, 1)
+    x = linear_features(input_embeddings).flatten(0, 1)
+    y = labels.flatten(0, 1)
     cut = len(x) * 9 // 10
-    gram, moment = x[:cut].T @ x[:cut], x[:cut].T @ y[:cut]
+    gram = x[:cut].T @ x[:cut]
+    moment = x[:cut].T @ y[:cut]
     penalties = gram.diagonal().mean() * 10.0 ** torch.arange(-3, 3.5, 0.5)
     fits = [torch.linalg.solve(gram + penalty * torch.eye(len(gram)), moment) for penalty in penalties]
     return min(fits, key=lambda weights: F.mse_loss(x[cut:] @ weights, y[cut:]))
@@ -547,10 +557,12 @@ def compute_loss(model, batch, carry, args):
     """
     carry = carry or unwrap(model).initial_carry(batch)
     # Curriculum over depth: one cycle at first, one more at even intervals, all from --curriculum_end_step on.
-    cycles, end = args.H_cycles, args.curriculum_end_step
+    cycles = args.H_cycles
+    end = args.curriculum_end_step
     if batch["step"] < end:
         cycles = 1 + batch["step"] * (cycles - 1) // end
-    deep, latent = args.enable_deep_supervision, args.L_cycle_supervision / args.L_cycles
+    deep = args.enable_deep_supervision
+    latent = args.L_cycle_supervision / args.L_cycles
     carry, outputs = model(carry, batch, deep, latent_logits=latent > 0, cycles=cycles, detach=args.detach_cycles)
     labels = carry["labels"]
     supervision = labels, args.deep_supervision_schedule, args.deep_supervision_weight
@@ -573,7 +585,8 @@ def answer(model, batch, diagnose=False):
     Also halted_logits [B, T, D_out] and halted_steps int [B]: those of each row's first step with q > 0.
     """
     carry = model.initial_carry(batch)
-    running, halted_steps, halted_logits = torch.ones_like(carry["halted"]), 0, 0.0
+    running = torch.ones_like(carry["halted"])
+    halted_steps, halted_logits = 0, 0.0
     for _ in range(model.config.halt_max_steps):
         carry, outputs = model(carry, batch, enable_deep_supervision=diagnose)
         # A row that has halted keeps its answer; the batch continues as a whole.
@@ -590,7 +603,9 @@ def evaluate(model, data, args):
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
         with autocast(args):
             outputs = answer(model, batch, diagnose=True)
-        inputs, labels, answers = batch["input_embeddings"], batch["labels"], outputs["intermediate_logits"]
+        inputs = batch["input_embeddings"]
+        labels = batch["labels"]
+        answers = outputs["intermediate_logits"]
         if not sums and not args.data_folder:  # the first puzzle
             EXAMPLE[:] = [decode(x[0], args.seed) for x in (inputs, answers[0], answers[-1])]
         metrics = {f"step_{h}_loss": F.mse_loss(x, labels) for h, x in enumerate(answers)}
@@ -618,7 +633,8 @@ def predict(model, args):
     Returns what was done in words. Raises DataError for a file that does not fit.
     """
     source, target = map(Path, args.predict)
-    c, x = model.config, next(iter(open_chunk(source).values()))
+    c = model.config
+    x = next(iter(open_chunk(source).values()))  # sequences or inputs
     if x.shape[2] != c.input_size:
         raise DataError(f"{source}: embeddings of size {x.shape[2]}, expected {c.input_size}")
     x = Concat([x], [source], c.separate_labels)[np.arange(len(x))]
@@ -627,7 +643,7 @@ def predict(model, args):
     if rollout < args.rollout:
         say("--rollout has no effect: the run's labels are not the next inputs")
     found = []
-    with open(target, "xb") as file:  # at once: no computing in vain
+    with open(target, "xb") as file:  # first: what is no new file in a folder that exists is said before computing
         for part in ((x - torch.tensor(mean)) / scale).split(args.batch_size):
             sequence = part.to(args.device)
             for _ in range(rollout):
@@ -681,7 +697,7 @@ def add_method_args(parser):
     flag("--L_cycle_supervision", 0.0, "weight of a loss after every L cycle as well")
     flag = flag_group(parser, "prediction, with --eval_only --out_dir RUN")
     flag("--predict", None, "continue, or label, the sequences [B, T, D] of IN", nargs=2, metavar=("IN.npy", "OUT.npy"))
-    flag("--rollout", 1, "how many embeddings to predict", 1)
+    flag("--rollout", 1, "how many embeddings to predict; positions beyond those of training were never learned", 1)
     parser.set_defaults(batch_size=8, lr=1e-4, ema_decay=0.999)
 
 
