@@ -82,7 +82,8 @@ class Config:
 
         vocab_size is the embeddings' size there. Raises DataError for sizes that do not fit each other.
         """
-        names = dict.fromkeys(("input_size", "output_size"), names.get("vocab_size", cls.input_size)) | names
+        size = names.get("vocab_size", cls.input_size)
+        names = {"input_size": size, "output_size": size} | names
         return cls(**{name: value for name, value in names.items() if name in cls.__dataclass_fields__})
 
 
@@ -332,7 +333,7 @@ def deduce(free):
         before = free
         sure = False
         for axes in AXES:  # the only candidate of a cell, or for a digit in a row, column or box, is right ...
-            sure = sure | free & (free.sum(axes, np.uint8, keepdims=True) == 1)
+            sure |= free & (free.sum(axes, np.uint8, keepdims=True) == 1)
         for axes in AXES:  # ... and excludes the others there
             free = free & (sure | ~sure.any(axes, keepdims=True))
     return free.reshape(36, 6, -1)
@@ -586,13 +587,14 @@ def answer(model, batch, diagnose=False):
     """
     carry = model.initial_carry(batch)
     running = torch.ones_like(carry["halted"])
-    halted_steps, halted_logits = 0, 0.0
+    halted_logits = 0.0
+    halted_steps = 0
     for _ in range(model.config.halt_max_steps):
         carry, outputs = model(carry, batch, enable_deep_supervision=diagnose)
         # A row that has halted keeps its answer; the batch continues as a whole.
         halted_logits = torch.where(running[:, None, None], outputs["logits"], halted_logits)
-        halted_steps = halted_steps + running
-        running = running & (outputs["q_halt_logits"] <= 0)
+        halted_steps += running
+        running &= outputs["q_halt_logits"] <= 0
     return outputs | {"halted_logits": halted_logits, "halted_steps": halted_steps}
 
 
@@ -714,7 +716,7 @@ def check(args, error):
         try:
             supervision_weights(cycles, args.deep_supervision_schedule, args.deep_supervision_weight)
         except ValueError as wrong:
-            error(f"--deep_supervision_schedule: {wrong}, expected a name, or all weights and no curriculum")
+            error(f"--deep_supervision_schedule: {wrong}, expected a name, or --curriculum_end_step 0 and all weights")
     if not args.data_folder and (args.halt_cosine, args.normalize) != (0.9, True):
         error("--halt_cosine and --normalize need --data_folder")
     if args.predict and not args.eval_only:
