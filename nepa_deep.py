@@ -1059,9 +1059,8 @@ class Run:
                     resume="allow",
                     config=args.flags,
                 )
-                self.wandb.define_metric(
-                    "*", step_metric="step"
-                )  # its own counter would drop what a resumed run repeats
+                # Its own counter would drop what a resumed run repeats.
+                self.wandb.define_metric("*", step_metric="step")
                 self.state["wandb_id"] = self.wandb.id
             yield
 
@@ -1151,8 +1150,8 @@ def train(run):
         # Log. A number that is not finite ends the run at the next line, evaluation or save.
         finite = norm.isfinite()  # not always in float16; the scaler skips that update
         add_sums(run.sums, {"grad_norm": (norm.masked_fill(~finite, 0) / WORLD, finite / WORLD)})  # equal on all ranks
-        due = run.step % args.log_interval == 0 or run.step in (1, args.max_train_steps)
-        metrics = means(run.sums) if due else {}  # waits for the GPU
+        if due := run.step % args.log_interval == 0 or run.step in (1, args.max_train_steps):
+            metrics = means(run.sums)  # waits for the GPU
         run.state["seconds"] += time.perf_counter() - start  # without evaluating and saving
         if due:
             run.log("train", metrics | {"lr": lr, "samples": run.step * run.num_rows, "seconds": run.state["seconds"]})

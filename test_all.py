@@ -2866,7 +2866,7 @@ def test_an_absurd_learning_rate_stops_the_run_and_saves_nothing_broken(script, 
 def report_memory(rank):
     """Prints the most memory the process has ever had resident at its end."""
     real = nepa_deep.main
-    nepa_deep.main = lambda argv: (real(argv), print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    nepa_deep.main = lambda argv: real(argv) or print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def test_8_gib_of_data_train_in_the_memory_of_a_small_set(tmp_path):
