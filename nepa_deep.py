@@ -643,17 +643,18 @@ def check(args, error):
 #   report(metrics) -> closing text on the last validation; best_... and first_... (untrained) metrics stand beside it
 
 SCRIPT = Path(__file__).stem
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # both set by torchrun; ignore RANK without WORLD_SIZE
+# Both set by torchrun; RANK is ignored without WORLD_SIZE. Tasks of srun without torchrun are refused in launch.
+WORLD = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1)))
 RANK = int(os.environ.get("RANK", 0)) % WORLD
 
 
 # ---- processes, precision, metrics ----
 
 
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
+def all_reduce(tensor):
     """The tensor, summed over the processes in place: CPU tensors by gloo, CUDA tensors by nccl."""
     if WORLD > 1:
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -701,26 +702,23 @@ def means(sums):
     return {name: total / count for name, (total, count) in over_processes(sums).items() if count}
 
 
-def require_finite(step, metrics):
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise DataError(f"step {step}: {name} is {value}, expected a finite number; the checkpoint stays")
-
-
 def say(text):
     """Print on the first process, above the progress bar."""
     if RANK == 0:
-        tqdm.write(text)
+        try:
+            tqdm.write(text)
+        except Exception:  # no stdout, or none any more (| head): the run goes on without
+            sys.stdout = None
 
 
-# ---- signals: the first ends the run cleanly, a second one kills it ----
+# ---- signals: the first ends the run cleanly, a Ctrl-C after it at once ----
 
 RECEIVED = []
 
 
 def receive(number, _):
     RECEIVED.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -735,9 +733,9 @@ def catch_signals():
         yield
 
 
-def received_signal():
-    """The number of a signal that any process has received, or 0; the same on all of them."""
-    return int(all_reduce(torch.tensor(max(RECEIVED, default=0)), dist.ReduceOp.MAX))
+def received_signals():
+    """How many signals the processes have received; the same on all of them."""
+    return int(all_reduce(torch.tensor(len(RECEIVED))))
 
 
 def eval_batches(dataset, args, collate, limit=0):
@@ -772,9 +770,7 @@ def flag_group(parser, title):
         def number(text):
             value = kind(text)
             if not low <= value <= high:
-                raise argparse.ArgumentTypeError(
-                    f"{text!r}, expected {f'at least {low}' if value < low else f'at most {high}'}"
-                )
+                raise argparse.ArgumentTypeError(f"{text!r}, expected at least {low} and at most {high}")
             return value
 
         if kind is bool:
@@ -795,7 +791,7 @@ MAY_CHANGE = (
 )
 
 
-def parse_args():
+def parse_args(argv):
     """The flags in force and, with --resume or --eval_only, the checkpoint. Refuses what makes no sense (exit 2)."""
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [flags]      (--help lists them)",
@@ -835,21 +831,22 @@ def parse_args():
     add_method_args(parser)
     parser.epilog = f"Without --{DATA_FLAGS[0]} the demonstration has defaults of its own:\n{DEMO}"
 
-    args, checkpoint = parser.parse_args(), None
-    if args.out_dir is None and (args.resume or args.eval_only):
+    args, checkpoint, stored = parser.parse_args(argv), None, {}
+    if not args.out_dir and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
-    folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+    # expanduser: a shell leaves the ~ of --out_dir=~/x
+    folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}").expanduser()
     path = folder / ("best.pt" if args.eval_only else "ckpt.pt")
     if args.eval_only or args.resume and path.exists():
         checkpoint = load_checkpoint(path)
-        parser.set_defaults(**checkpoint["args"])
+        stored = checkpoint["args"]
+        parser.set_defaults(**stored)
     elif not args.resume and (folder / "metrics.jsonl").exists():
         parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
     elif not getattr(args, DATA_FLAGS[0]):
         parser.set_defaults(**DEMO)
-    args = parser.parse_args()  # now the command line overrides the defaults set above
+    args = parser.parse_args(argv)  # now the command line overrides the defaults set above
     free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if args.eval_only else ())}
-    stored = checkpoint["args"] if checkpoint else {}
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
@@ -863,11 +860,9 @@ def parse_args():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with expecting("a device of this machine", f"--device {device}"):
         args.device = torch.zeros(1, device=device).device
-    on_cuda = args.device.type == "cuda"
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if args.compile == "auto":
-        args.compile = "on" if on_cuda else "off"
+        bfloat16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if bfloat16 else "float32"
     return args, checkpoint
 
 
@@ -925,7 +920,7 @@ class Run:
         self.num_rows = args.batch_size * args.grad_accum * WORLD  # samples of an update
         # The rows of an update that each micro-batch of this process takes: int64 [grad_accum, batch_size].
         self.parts = np.arange(self.num_rows).reshape(WORLD, args.grad_accum, args.batch_size)[RANK]
-        self.must_match = f"{self.num_rows} = --batch_size * --grad_accum * processes, {fingerprint(data)}"
+        self.must_match = {"--batch_size * --grad_accum * processes": self.num_rows} | fingerprint(data)
 
         torch.manual_seed(args.seed)
         self.model = self.net = Model(data["config"]).to(args.device)
@@ -936,25 +931,42 @@ class Run:
         self.optimizer = make_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "float16")
         self.saved = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
-        if args.compile == "on":
-            self.net = torch.compile(self.model)
+        if args.compile == "on" or args.compile == "auto" and args.device.type == "cuda":
+            torch._dynamo.config.recompile_limit = 64  # a curriculum over depth has a graph for each
+            try:  # a tiny function first: not every machine has a compiler
+                with expecting("a working compiler or --compile off", "torch.compile"):
+                    torch.compile(torch.ones)(1, device=args.device)
+                self.net = torch.compile(self.model)
+            except DataError as error:
+                if args.compile == "on":
+                    raise
+                say(f"not compiled: {error}")
         if WORLD > 1:
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
         self.step, self.sums, self.carries = 0, {}, [{}] * args.grad_accum  # a carry for each micro-batch
-        validations = {"first": {}, "last": {"step": -1}, "best": {"loss": math.inf}}  # their metrics
-        self.state = {**validations, "seconds": 0.0, "log_size": 0, "wandb_id": None}
+        # first, last, best: the metrics of validations
+        self.state = {
+            "first": {},
+            "last": {"step": -1},
+            "best": {"loss": math.inf},
+            "seconds": 0.0,
+            "log_size": 0,
+            "wandb_id": None,
+        }
         if checkpoint:
             self.restore(checkpoint)
-        self.open_log()
         self.batches = training_batches(
             data["train"], data["collate"], args.device, args.seed, self.num_rows, self.parts, self.step
         )
 
     def restore(self, checkpoint):
         """Continue from the checkpoint, on any number of processes: bit for bit the uninterrupted run."""
-        if self.must_match != (then := checkpoint["must_match"]):
-            raise DataError(f"{self.out_dir}: {self.must_match}, expected, as in the checkpoint, {then}")
+        for name, then in checkpoint["must_match"].items():
+            if self.must_match[name] != then:
+                raise DataError(
+                    f"{self.out_dir}: {name}: {self.must_match[name]}, expected {then}, as in the checkpoint"
+                )
         for name, part in self.saved.items():
             if part:
                 part.load_state_dict(checkpoint[name])
@@ -964,12 +976,17 @@ class Run:
         self.carries = [{name: x[rows].to(self.args.device) for name, x in carry} for rows in self.parts]
         torch.set_rng_state(checkpoint["rng"])
 
+    def require_finite(self, metrics):
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise DataError(f"step {self.step}: {name} is {value}, expected a finite number; the checkpoint stays")
+
     def save(self, name, contents):
         """Write contents, and what both checkpoints hold, to out_dir/name on the first process.
 
         Raises DataError, and keeps the old file, if a weight is not finite.
         """
-        require_finite(self.step, {"norm of the weights": nn.utils.get_total_norm(self.model.parameters()).item()})
+        self.require_finite({"norm of the weights": nn.utils.get_total_norm(self.model.parameters()).item()})
         if RANK > 0:
             return
         contents |= {"script": SCRIPT, "step": self.step, "args": self.args.flags}
@@ -989,11 +1006,14 @@ class Run:
     def save_latest(self):
         """ckpt.pt: everything that --resume needs."""
         carries = sum(gather([{name: x.cpu() for name, x in carry.items()} for carry in self.carries]), [])
-        contents = {name: part and part.state_dict() for name, part in self.saved.items()}
-        contents |= {"must_match": self.must_match, "state": self.state, "sums": over_processes(self.sums)}
-        # All rows in order, so that another number of processes can take them over.
-        contents["carry"] = {name: torch.cat([carry[name] for carry in carries]) for name in carries[0]}
-        contents["rng"] = torch.get_rng_state()  # nothing here draws on the GPU
+        contents = {name: part and part.state_dict() for name, part in self.saved.items()} | {
+            "must_match": self.must_match,
+            "state": self.state,
+            "sums": over_processes(self.sums),
+            # All rows in order, so that another number of processes can take them over.
+            "carry": {name: torch.cat([carry[name] for carry in carries]) for name in carries[0]},
+            "rng": torch.get_rng_state(),  # nothing here draws on the GPU
+        }
         self.save("ckpt.pt", contents)
 
     @torch.no_grad()
@@ -1003,59 +1023,75 @@ class Run:
             decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
+    @contextlib.contextmanager
     def open_log(self):
-        """metrics.jsonl, of which log_size bytes belong to the run so far, Weights & Biases, the progress bar."""
+        """For the body: metrics.jsonl, of which log_size bytes belong to the run so far, wandb, the progress bar.
+
+        Until it ends, or the process, however that ends, another process that opens the log is refused.
+        """
         args, self.log_path, self.wandb = self.args, self.out_dir / "metrics.jsonl", None
         # disable=None: off if stderr is no terminal
         self.bar = tqdm(total=args.max_train_steps, initial=self.step, disable=RANK > 0 or None)
         if RANK > 0:
-            return
+            return (yield)
         self.out_dir.mkdir(parents=True, exist_ok=True)
+        owner = self.out_dir / ".owner"
         with open(self.log_path, "ab") as file:
-            file.truncate(min(self.state["log_size"], file.tell()))  # later lines will be logged again
-        if args.wandb_mode != "disabled":
-            os.environ["WANDB_MODE"] = args.wandb_mode  # an empty one would be an error
-            import wandb
+            try:
+                import fcntl
 
-            self.wandb = wandb.init(
-                project=args.wandb_project,
-                name=args.run_name or self.out_dir.name,
-                dir=self.out_dir,
-                id=self.state["wandb_id"],
-                resume="allow",
-                config=args.flags,
-            )
-            self.wandb.define_metric("*", step_metric="step")  # its own counter would drop what a resumed run repeats
-            self.state["wandb_id"] = self.wandb.id
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                owner.write_text(f"{os.uname().nodename}, {os.getpid()}")
+            except BlockingIOError:
+                raise DataError(f"another process ({owner.read_text()}) is training in {self.out_dir}") from None
+            except (ImportError, OSError):  # Windows; a file system without locks
+                pass
+            file.truncate(min(self.state["log_size"], file.tell()))  # later lines will be logged again
+            if args.wandb_mode != "disabled":
+                os.environ["WANDB_MODE"] = args.wandb_mode  # an empty one would be an error
+                import wandb
+
+                self.wandb = wandb.init(
+                    project=args.wandb_project,
+                    name=args.run_name or self.out_dir.name,
+                    dir=self.out_dir,
+                    id=self.state["wandb_id"],
+                    resume="allow",
+                    config=args.flags,
+                )
+                # Its own counter would drop what a resumed run repeats.
+                self.wandb.define_metric("*", step_metric="step")
+                self.state["wandb_id"] = self.wandb.id
+            yield
 
     def log(self, split, metrics):
         """One line: to the file, to wandb under the same names (val/ and final/ before theirs), and for people."""
-        require_finite(self.step, {f"{split} {name}": value for name, value in metrics.items()})
+        self.require_finite({f"{split} {name}": value for name, value in metrics.items()})
         if RANK > 0:
             return
         with expecting("room", self.log_path), open(self.log_path, "a") as file:
             file.write(json.dumps({"step": self.step, "split": split, **metrics}) + "\n")
             self.state["log_size"] = file.tell()
         if self.wandb:
-            prefix = "" if split == "train" else split + "/"
-            self.wandb.log({prefix + name: value for name, value in metrics.items()} | {"step": self.step})
+            prefix = "" if split == "train" else f"{split}/"
+            self.wandb.log({f"{prefix}{name}": value for name, value in metrics.items()} | {"step": self.step})
         if split != "final":
             say(f"Step {self.step}/{self.args.max_train_steps}, {split.capitalize()} {describe(metrics)}")
 
     def validate(self):
-        """Evaluate, log and save. Returns the signal that came meanwhile, or 0; half an evaluation is discarded."""
+        """Evaluate, log and save. Returns whether a signal came meanwhile: then half an evaluation is discarded."""
         model = self.ema or self.model
         metrics = evaluate(model.eval(), self.data, self.args) | {"step": self.step}
         self.model.train()
-        if stop := received_signal():
-            return stop
+        if received_signals():
+            return True
         self.log("val", metrics)
         self.state |= {"last": metrics, "first": self.state["first"] or metrics}
         if metrics["loss"] < self.state["best"]["loss"]:
             self.state["best"] = metrics
             self.save("best.pt", {"model": model.state_dict(), "metrics": metrics})
         self.save_latest()
-        return 0
+        return False
 
     def finish(self):
         """The closing line and table."""
@@ -1067,29 +1103,18 @@ class Run:
         say(f"{report(final)}\nbest checkpoint: {self.out_dir}/best.pt, of step {final['best_step']}")
 
 
-def shares(batches):
-    """The weight of each micro-batch in the update's loss, which is one mean over all micro-batches and processes.
-
-    counts (float [k], a number for each part of the loss): how many tokens, say, a batch holds, and so how much it
-    weighs. Batches without counts weigh the same.
-    """
-    counts = [batch.pop("counts", torch.ones(())) for batch in batches]
-    total = all_reduce(sum(counts)).clamp(min=1)
-    return [count / total for count in counts]
-
-
 def train(run):
     """The loop. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
-    args, net, optimizer, scaler = run.args, run.net, run.optimizer, run.scaler
+    args, optimizer, scaler = run.args, run.optimizer, run.scaler
     while True:
         # Evaluate, save, leave. A signal ends the run here, after a whole update.
-        done, stop = run.step >= args.max_train_steps, received_signal()
+        done, stop = run.step >= args.max_train_steps, received_signals()
         if not stop and run.state["last"]["step"] < run.step and (done or run.step % args.eval_interval == 0):
             stop = run.validate()
         if stop:
             run.save_latest()
             say(f"stopped after step {run.step}; to continue: --resume --out_dir {args.out_dir!r}")
-            return 128 + stop
+            return 128 + max(RECEIVED, default=15)  # 15: only others received one
         if done:
             run.finish()
             return 0
@@ -1100,11 +1125,15 @@ def train(run):
         lr = learning_rate(run.step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for micro, (batch, share) in enumerate(zip(batches, shares(batches))):
-            net.require_backward_grad_sync = micro == args.grad_accum - 1  # before the forward pass: DDP looks then
-            batch |= {"step": run.step, "share": share}
+        # The loss is one mean over the micro-batches of all processes. counts (float [k], a number for each part of the
+        # loss): how many tokens, say, a batch holds, and so how much it weighs; without them, all weigh the same.
+        counts = [batch.pop("counts", torch.ones(())) for batch in batches]
+        total = all_reduce(sum(counts)).clamp(min=1)
+        for micro, (batch, count) in enumerate(zip(batches, counts)):
+            run.net.require_backward_grad_sync = micro == args.grad_accum - 1  # before the forward pass: DDP looks then
+            batch |= {"step": run.step, "share": count / total}
             with autocast(args):
-                loss, sums, run.carries[micro] = compute_loss(net, batch, run.carries[micro], args)
+                loss, sums, run.carries[micro] = compute_loss(run.net, batch, run.carries[micro], args)
             scaler.scale(loss * WORLD).backward()  # DDP divides the gradient by it
             add_sums(run.sums, sums)
 
@@ -1121,32 +1150,32 @@ def train(run):
         # Log. A number that is not finite ends the run at the next line, evaluation or save.
         finite = norm.isfinite()  # not always in float16; the scaler skips that update
         add_sums(run.sums, {"grad_norm": (norm.masked_fill(~finite, 0) / WORLD, finite / WORLD)})  # equal on all ranks
-        due = run.step % args.log_interval == 0 or run.step in (1, args.max_train_steps)
-        metrics = means(run.sums) if due else {}  # waits for the GPU
+        if due := run.step % args.log_interval == 0 or run.step in (1, args.max_train_steps):
+            metrics = means(run.sums)  # waits for the GPU
         run.state["seconds"] += time.perf_counter() - start  # without evaluating and saving
         if due:
-            more = {"lr": lr, "samples": run.step * run.num_rows, "seconds": run.state["seconds"]}
-            run.log("train", metrics | more)
+            run.log("train", metrics | {"lr": lr, "samples": run.step * run.num_rows, "seconds": run.state["seconds"]})
             run.sums = {}
 
 
-def launch():
+def launch(argv):
     """Evaluate or train, as the flags say. Returns the exit code."""
-    args, checkpoint = parse_args()
+    args, checkpoint = parse_args(argv)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        with expecting("processes started by torchrun", f"{WORLD} processes"):
+            dist.init_process_group(f"cpu:gloo{',cuda:nccl' * (args.device.type == 'cuda')}")
         dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
     data = make_data(args, checkpoint and checkpoint["config"])
     if not args.eval_only:
         run = Run(args, data, checkpoint)
-        say(
-            f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples, "
-            f"{WORLD} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}"
-        )
-        with catch_signals():
+        with run.open_log(), catch_signals():
+            say(
+                f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples, "
+                f"{WORLD} x {args.device} {args.dtype}, from step {run.step} -> {run.out_dir}"
+            )
             return train(run)
     model = Model(data["config"]).to(args.device).eval()
     model.load_state_dict(checkpoint["model"])
@@ -1158,11 +1187,16 @@ def launch():
     return 0
 
 
-def main():
-    """Bad flags, data and files are one line, anything else is a traceback."""
+def main(argv=None):
+    """Run with these flags (a list of words; None: the command line's). Raises SystemExit where it does not succeed.
+
+    Bad flags, data and files are one line, anything else is a traceback.
+    """
+    with contextlib.suppress(AttributeError):  # a notebook has another stdout, or there is none
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # what a terminal cannot show becomes a ?
     code, message = 1, None
     try:
-        code = launch()
+        code = launch(argv)
     except (DataError, OSError) as error:
         message = f"error: {error}"
     except Exception:
@@ -1175,12 +1209,10 @@ def main():
         time.sleep(min(RANK, 1))  # torchrun ends the others when one has ended: mostly the first alone says it
         message = print(f"[rank {RANK}] {message}", file=sys.stderr)
     if dist.is_initialized():  # no cleaning up: freed in the wrong order, gloo and torch wait for each other's threads
-        sys.stdout.flush()
         os._exit(code)
     if code:
         sys.exit(message or code)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # what a terminal cannot show becomes a ?
     main()
