@@ -2423,11 +2423,11 @@ def test_a_run_is_resumed_with_its_flags_but_for_the_few_that_may_change(script,
     run(script, tmp_path)
     before = contents(tmp_path)
     for flags, code, message in (
-        ("--resume --lr 0.5", 2, "--lr 0.5 conflicts with the run in"),
-        ("--resume --hidden_size 64", 2, "--hidden_size 64 conflicts with the run in"),
+        ("--resume --lr 0.5", 2, "--lr 0.5 conflicts with"),
+        ("--resume --hidden_size 64", 2, "--hidden_size 64 conflicts with"),
         ("--eval_only --seed 4", 2, "--seed 4 conflicts"),
         ("--resume --batch_size 4", 1, "--batch_size * --grad_accum * processes: 4, expected 8"),
-        ("", 2, "holds a run; --resume continues it, or delete it first"),
+        ("", 2, "holds a run: --resume continues it, --eval_only uses it"),
     ):
         found, text = stopped(script, tmp_path, flags, tiny=False)
         assert found == code and message in text

@@ -251,7 +251,7 @@ class Model(nn.Module):
 RecursiveLLM = Model  # the name in the published training scripts
 
 
-def to_our_names(weights):
+def to_our_names(weights, model):
     """Weights (dict of arrays) renamed from the published names (see from_official) to this file's.
 
     The published token embedding is left out, and the second of its two halting logits.
@@ -264,6 +264,10 @@ def to_our_names(weights):
     return ours
 
 
+def read_folder(folder):
+    raise DataError(f"{folder}: a folder, expected a file of weights")
+
+
 def from_official(config, weights):
     """A Model with the weights of the published TRM code.
 
@@ -272,7 +276,7 @@ def from_official(config, weights):
     inner.L_level.layers.0.self_attn.qkv_proj.weight and so on. Raises RuntimeError if one is missing or does not fit.
     """
     model = Model({"causal": False, **config})
-    model.load_state_dict(to_our_names(weights))
+    model.load_state_dict(to_our_names(weights, model))
     return model
 
 
@@ -429,13 +433,16 @@ def open_folder(folder):
 CYCLES = ("H_cycles", "L_cycles", "halt_max_steps")
 
 
-def make_data(args, config=None):
-    """Datasets train and val, collate and config, as the shared part wants them. Raises DataError."""
-    if config:  # the weights fit any number of cycles: --eval_only may change it
-        config = dataclasses.replace(config, **{name: getattr(args, name) for name in CYCLES})
+def make_data(args, given):
+    """Datasets train and val, collate and config, as the shared part wants them. Raises DataError.
+
+    given: what a checkpoint says of Config, a dict. The weights fit any number of cycles: the flags say it.
+    """
+    if given:
+        given |= {name: getattr(args, name) for name in CYCLES} | {"learn_init": args.enable_deep_supervision}
     EXAMPLE.clear()  # of an earlier run in this process
     if args.predict:
-        return {"config": config, "predict": functools.partial(predict, args=args)}
+        return {"config": Config(**given), "predict": functools.partial(predict, args=args)}
     train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
     needed = val if args.eval_only else train
     if not needed or not size_of(needed):
@@ -448,12 +455,10 @@ def make_data(args, config=None):
         size = size_of(train)
         sample = pick(train, np.arange(0, size, 1 + size * sum(x.numel() for x in example) // 2**24))
     sizes = {"input_size": widths[0], "output_size": widths[-1], "separate_labels": separate}
-    if config is None:
-        if args.bidirectional and not separate:
-            raise DataError(f"{args.data_folder}: labels are the later inputs, expected no --bidirectional")
+    chosen = {"causal": not args.bidirectional, "learn_init": args.enable_deep_supervision}
+    if not given:
         if separate and not args.bidirectional:
             say("attention is causal; --bidirectional for labels that are not later inputs")
-        chosen = {"causal": not args.bidirectional, "learn_init": args.enable_deep_supervision}
         chosen["hidden_size"] = args.hidden_size or widths[0]
         if args.data_folder and args.normalize:
             moments = []  # of the sequences, or of inputs and labels
@@ -463,7 +468,11 @@ def make_data(args, config=None):
                     raise DataError(f"{args.data_folder}: constant embeddings, expected ones that differ")
                 moments.append((mean.tolist(), variance.mean().sqrt().item()))
             chosen["normalization"] = moments[0], moments[-1]
-        config = Config.from_dict(vars(args) | sizes | chosen)
+    config = Config.from_dict(vars(args) | sizes | chosen | given)
+    if args.bidirectional and config.causal:
+        raise DataError(f"{args.init_from}: attention is causal, expected no --bidirectional")
+    if not config.causal and not separate:
+        raise DataError(f"{args.data_folder}: labels are the later inputs, expected no --bidirectional")
     trained = {name: getattr(config, name) for name in sizes}
     if sizes != trained:
         raise DataError(f"{args.data_folder}: {sizes}, expected {trained} as in the run")
@@ -668,6 +677,7 @@ DATA_FLAGS = ("data_folder",)
 EVAL_FLAGS = ("predict", "rollout", "halt_cosine", "eval_halt", *CYCLES)
 DEMO = {"hidden_size": 128, "num_heads": 4, "L_layers": 1, "L_cycles": 2, "halt_max_steps": 1, "bidirectional": True}
 DEMO |= {"batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.5, "ema_decay": 0.98}
+PUBLISHED = {}
 DEMO |= {"max_train_steps": 1000, "curriculum_end_step": 600, "eval_interval": 200}
 
 
@@ -703,7 +713,7 @@ def add_method_args(parser):
     parser.set_defaults(batch_size=8, lr=1e-4, ema_decay=0.999)
 
 
-def check(args, error):
+def check(args, given, error):
     """Refuse flags that make no sense together."""
     deep = args.deep_supervision_weight, args.deep_supervision_schedule, args.L_cycle_supervision, args.detach_cycles
     if not args.enable_deep_supervision and deep != (0.5, "constant", 0.0, False):
@@ -725,11 +735,13 @@ def check(args, error):
 
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
-#   Config; Model(config); to_our_names(weights), which renames published weights
+#   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder), what the
+#     folder of a published model says of Config, a dict; PUBLISHED: defaults of flags with such a folder
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
-#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, error): error(text) refuses the flags
+#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), see there
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
-#     predict(model) -> text, which replaces the evaluation. The argument config: the checkpoint's, None in a new run
+#     predict(model) -> text, which replaces the evaluation. The argument config: a dict, what a
+#     checkpoint or --init_from says of Config; empty in a new run
 #   compute_loss(model, batch, carry, args) -> loss, sums (see add_sums), carry. The batch holds step and share (see
 #     train). carry: {} at first, then what each row takes along to the next update, tensors [B, ...]
 #   evaluate(model, data, args) -> means, with a "loss"; describe(metrics) -> text of a log line
@@ -885,7 +897,7 @@ MAY_CHANGE = (
 
 
 def parse_args(argv):
-    """The flags in force and, with --resume or --eval_only, the checkpoint. Refuses what makes no sense (exit 2)."""
+    """The flags in force, and what the run starts from. Refuses flags that make no sense (exit 2)."""
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [flags]      (--help lists them)",
         description=__doc__,
@@ -905,7 +917,7 @@ def parse_args(argv):
     flag("--grad_clip", 1.0, "largest gradient norm; 0: no limit")
     flag("--ema_decay", 0.0, "of the averaged weights, which are then the ones evaluated; 0: none", 0, 0.999999)
     flag("--seed", 0, "of the weights, the order and the synthetic dataset", 0, 2**32 - 1)
-    flag("--init_from", None, "start from the weights in this file: a run's best.pt or ckpt.pt, or published ones")
+    flag("--init_from", None, "start from the weights of a run's best.pt or ckpt.pt, or a published file or folder")
     flag = flag_group(parser, "machine")
     flag("--device", "auto", "auto (CUDA if there), cpu, cuda, mps, ...")
     flag("--dtype", "auto", "auto: bfloat16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
@@ -924,28 +936,35 @@ def parse_args(argv):
     add_method_args(parser)
     parser.epilog = f"Without --{DATA_FLAGS[0]} the demonstration has defaults of its own:\n{DEMO}"
 
-    args, checkpoint, stored = parser.parse_args(argv), None, {}
+    args, start, stored = parser.parse_args(argv), {"config": {}}, {}
+    origin = args.init_from
     if not args.out_dir and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
     # expanduser: a shell leaves the ~ of --out_dir=~/x
     folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}").expanduser()
     path = folder / ("best.pt" if args.eval_only else "ckpt.pt")
     if args.eval_only or args.resume and path.exists():
-        checkpoint = load_checkpoint(path)
-        stored = checkpoint["args"]
-        parser.set_defaults(**stored)
-    elif not args.resume and (folder / "metrics.jsonl").exists():
-        parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
-    elif not getattr(args, DATA_FLAGS[0]):
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)  # now the command line overrides the defaults set above
-    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if args.eval_only else ())}
+        start, origin = load_checkpoint(path), folder
+        stored = start["args"]
+    else:
+        if not args.resume and (folder / "metrics.jsonl").exists():
+            parser.error(f"--out_dir {folder} holds a run: --resume continues it, --eval_only uses it")
+        if not getattr(args, DATA_FLAGS[0]):
+            parser.set_defaults(**DEMO)
+        if origin:
+            start = load_weights(origin)
+            parser.set_defaults(**(PUBLISHED if Path(origin).is_dir() else {}))
+            stored = {name: value for name, value in start["config"].items() if name in vars(args)}
+    parser.set_defaults(**stored)
+    given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
+    evaluates = args.eval_only or not args.resume
+    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if evaluates else ())}
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
         if name not in free and value != stored.get(name, value):
-            parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {stored[name]}")
-    check(args, parser.error)
+            parser.error(f"--{name} {value} conflicts with {origin}, which has {stored[name]}")
+    check(args, given, parser.error)
     args.out_dir = str(folder)
     args.flags = dict(vars(args))  # with auto unresolved: for the checkpoint and wandb
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
@@ -956,32 +975,40 @@ def parse_args(argv):
     if args.dtype == "auto":
         bfloat16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if bfloat16 else "float32"
-    return args, checkpoint
+    return args, start
 
 
 # ---- files ----
 
 
 def load_checkpoint(path):
-    """The checkpoint at path (see Run.save), its config as a Config. Raises DataError if it is not this script's."""
+    """The checkpoint at path (see Run.save). Raises DataError if it is not this script's."""
     with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": Config(**checkpoint["config"])}
+        Config(**checkpoint["config"])
+        return checkpoint
 
 
-def load_weights(model, path):
-    """--init_from: the weights of a checkpoint (averaged if there are any), or published ones. Raises DataError."""
-    with expecting("weights of this model (for .safetensors, pip install safetensors)", path):
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # the only use of this package
+def load_weights(path):
+    """For --init_from: {"weights": ..., "config": what comes with them, a dict}. Raises DataError.
 
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+    path: a run's checkpoint, whose averaged weights count if there are any, a published model's folder, or a file of
+    published weights, with which no config comes.
+    """
+    path, found = Path(path), {}
+    with expecting("a checkpoint or published weights (.safetensors: pip install safetensors)", path):
+        for file in sorted(path.glob("model*.safetensors")) or [path]:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                found |= load_file(file)
+            else:
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        config = read_folder(path) if path.is_dir() else found.get("config", {})
         for wrapper in ("ema", "model", "state_dict"):
-            weights = weights.get(wrapper) or weights
-        bare = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in weights.items()}
-        model.load_state_dict(to_our_names(bare))
+            found = found.get(wrapper) or found
+        weights = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in found.items()}
+        return {"weights": weights, "config": config}
 
 
 # ---- optimizer ----
@@ -1008,7 +1035,7 @@ def make_optimizer(model, args):
 class Run:
     """All that changes during a run, how it is logged and how it is saved."""
 
-    def __init__(self, args, data, checkpoint):
+    def __init__(self, args, data, start):
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * WORLD  # samples of an update
         # The rows of an update that each micro-batch of this process takes: int64 [grad_accum, batch_size].
@@ -1018,8 +1045,9 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = self.net = Model(data["config"]).to(args.device)
         self.model.grad_checkpoint = args.grad_checkpoint
-        if args.init_from and not checkpoint:
-            load_weights(self.model, args.init_from)
+        if "weights" in start:
+            with expecting("weights of this model", args.init_from):
+                self.model.load_state_dict(to_our_names(start["weights"], self.model))
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay else None
         self.optimizer = make_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "float16")
@@ -1047,8 +1075,8 @@ class Run:
             "log_size": 0,
             "wandb_id": None,
         }
-        if checkpoint:
-            self.restore(checkpoint)
+        if "step" in start:
+            self.restore(start)
         self.batches = training_batches(
             data["train"], data["collate"], args.device, args.seed, self.num_rows, self.parts, self.step
         )
@@ -1253,7 +1281,7 @@ def train(run):
 
 def launch(argv):
     """Evaluate or train, as the flags say. Returns the exit code."""
-    args, checkpoint = parse_args(argv)
+    args, start = parse_args(argv)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -1261,9 +1289,9 @@ def launch(argv):
         with expecting("processes started by torchrun", f"{WORLD} processes"):
             dist.init_process_group(f"cpu:gloo{',cuda:nccl' * (args.device.type == 'cuda')}")
         dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
-    data = make_data(args, checkpoint and checkpoint["config"])
+    data = make_data(args, start["config"])
     if not args.eval_only:
-        run = Run(args, data, checkpoint)
+        run = Run(args, data, start)
         with run.open_log(), catch_signals():
             say(
                 f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples, "
@@ -1271,7 +1299,10 @@ def launch(argv):
             )
             return train(run)
     model = Model(data["config"]).to(args.device).eval()
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(start["model"])
+    if RANK == 0:  # not on stdout, where an answer may stand
+        warning = "" if start["step"] else "; warning: no later evaluation was better than the one before training"
+        print(f"{args.out_dir}/best.pt of step {start['step']}{warning}", file=sys.stderr)
     if "predict" not in data:
         metrics = evaluate(model, data, args)
         say(f"{describe(metrics)}\n{report(metrics)}")
