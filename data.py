@@ -57,6 +57,11 @@ class Subset:
         return self.array[self.index[index]]
 
 
+def subset(dataset, index):
+    """These rows of a dict of arrays, nothing copied."""
+    return {name: Subset(array, index) for name, array in dataset.items()}
+
+
 class Concat:
     """The tensors of several files as one: len() and indexing with int64 arrays, which gives float32.
 

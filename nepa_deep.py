@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
-    from data import DataError, Subset, expecting, fingerprint, fixed_batches, size_of, training_batches
+    from data import DataError, expecting, fingerprint, fixed_batches, size_of, subset, training_batches
 except ImportError as error:
     sys.exit(f"error: {error}; expected data.py beside this script and no other `data` before it on the path")
 
@@ -58,7 +58,7 @@ except ImportError as error:
 class Config:
     """Defines the model; the defaults are the published Base model. Raises DataError for sizes that do not fit."""
 
-    image_size: int = 224
+    image_size: int | tuple = 224  # the side, or height and width; always the latter once made
     patch_size: int = 14
     num_channels: int = 3
     hidden_size: int = 768
@@ -78,8 +78,12 @@ class Config:
         if self.hidden_size % (4 * self.num_heads):  # RoPE rotates pairs, half of them by the row, half by the column
             expected = f"a multiple of 4 * num_heads = {4 * self.num_heads}"
             raise DataError(f"hidden_size {self.hidden_size}, expected {expected}")
-        if self.image_size % self.patch_size:
-            raise DataError(f"image_size {self.image_size}, expected a multiple of patch_size {self.patch_size}")
+        with expecting("a side, or height and width", f"image_size {self.image_size}"):
+            self.image_size = tuple(np.broadcast_to(self.image_size, 2).tolist())
+        if any(side < 1 or side % self.patch_size for side in self.image_size):
+            raise DataError(
+                f"image_size {self.image_size}, expected multiples of patch_size {self.patch_size}, above 0"
+            )
 
 
 class Output(NamedTuple):
@@ -114,10 +118,7 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         D, d = c.hidden_size, c.hidden_size // c.num_heads
-
-        def head_norm():
-            return nn.LayerNorm(d, c.norm_eps, c.qk_norm_affine) if c.qk_norm else nn.Identity()
-
+        head_norm = functools.partial(nn.LayerNorm, d, c.norm_eps, c.qk_norm_affine) if c.qk_norm else nn.Identity
         self.num_heads, self.gated = c.num_heads, c.gated_mlp
         self.norm1, self.norm2 = nn.LayerNorm(D, c.norm_eps), nn.LayerNorm(D, c.norm_eps)
         self.qkv = nn.Linear(D, 3 * D)
@@ -172,9 +173,12 @@ class Model(nn.Module):
     def forward(self, images, rope_scale=1.0):
         """images: [B, C, H, W] float, H and W multiples of patch_size. rope_scale: factor of the coordinates, a float
         or a 0-dimensional tensor on the images' device; random in training, one for each update. Returns an Output.
+        Raises ValueError for other H and W.
         """
         c = self.config
-        rows, columns = (side // c.patch_size for side in images.shape[2:])
+        (rows, below), (columns, beside) = (divmod(side, c.patch_size) for side in images.shape[2:])
+        if below or beside:  # the convolution would leave it out
+            raise ValueError(f"images {[*images.shape]}, expected H and W to be multiples of {c.patch_size}")
         cos, sin = rotary(rows, columns, c.hidden_size // c.num_heads, c.rope_theta, rope_scale, images.device)
         embedding = h = self.embed(images)
         hidden_states = []
@@ -235,8 +239,14 @@ def from_official(config, weights):
     for name, expected in {"is_causal": True, "qkv_bias": True, "hidden_act": "silu" if gated else "gelu"}.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"{name} {config[name]!r}, expected {expected!r}")
-    ours = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "intermediate_size": "mlp_hidden"}
-    ours |= {"use_gated_mlp": "gated_mlp", "layer_norm_eps": "norm_eps", "pos_embed_rescale": "rope_rescale"}
+    ours = {
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "mlp_hidden",
+        "use_gated_mlp": "gated_mlp",
+        "layer_norm_eps": "norm_eps",
+        "pos_embed_rescale": "rope_rescale",
+    }
     config = {ours.get(name, name): value for name, value in config.items()}
     config["rope_rescale"] = config.get("rope_rescale") or 1.0  # off by default, unlike ours
     model = Model(Config(**{name: config[name] for name in config.keys() & Config.__dataclass_fields__}))
@@ -292,8 +302,6 @@ def losses(output, args, every_layer):
 
 # ---- data: a synthetic dataset of textures, or arrays of images -----------------------------------------------------
 
-SIDE = 32  # of a synthetic image, in pixels
-
 
 def textures(rng, labels):
     """float32 [N, 32, 32]: noise of one orientation and period, scaled to standard deviation 1.2, then tanh.
@@ -305,21 +313,14 @@ def textures(rng, labels):
     frequency = np.float32(1 / (rng.uniform(5, 6.5, labels.shape) * np.where(labels < 5, 1, 1.8)))
     angle = np.float32(np.pi / 4 * (labels % 5) + rng.uniform(-0.12, 0.12, labels.shape))
     # The inverse FFT is periodic: make twice the side and crop, so that opposite borders do not match.
-    y, x = np.float32(np.fft.fftfreq(2 * SIDE))[:, None], np.float32(np.fft.rfftfreq(2 * SIDE))
+    y, x = np.float32(np.fft.fftfreq(64))[:, None], np.float32(np.fft.rfftfreq(64))
     along, across = abs(y * np.sin(angle) + x * np.cos(angle)), y * np.cos(angle) - x * np.sin(angle)
     wave, ring = (along - frequency) ** 2 + across**2, (np.hypot(y, x) - frequency) ** 2
     distance = np.where(labels % 5 == 4, ring, wave)  # squared, to the frequencies that are kept
     noise = rng.standard_normal((2, *distance.shape), dtype=np.float32)
     spectrum = (noise[0] + 1j * noise[1]) * np.exp(-distance / (2 * 0.05**2))  # [N, 64, 33]
-    texture = np.fft.irfft2(spectrum, axes=(1, 2))[:, :SIDE, :SIDE]
+    texture = np.fft.irfft2(spectrum, axes=(1, 2))[:, :32, :32]
     return np.float32(np.tanh(1.2 * texture / texture.std(axis=(1, 2), keepdims=True)))
-
-
-def discs(rng, n):
-    """bool [n, 32, 32]: a disc of random centre and radius."""
-    cy, cx, radius = rng.uniform([[0], [0], [3]], [[SIDE], [SIDE], [7]], (3, n))[..., None, None]
-    pixel = np.arange(SIDE) + 0.5
-    return np.hypot(pixel[:, None] - cy, pixel - cx) < radius
 
 
 def draw_images(rng, labels):
@@ -331,10 +332,12 @@ def draw_images(rng, labels):
 
     contrast = colours(-1, 1)
     contrast *= 0.4 / np.linalg.norm(contrast, axis=-1, keepdims=True)
-    ramp = np.linspace(-0.5, 0.5, SIDE, dtype=np.float32)[:, None]
+    ramp = np.linspace(-0.5, 0.5, 32, dtype=np.float32)[:, None]
     image = colours(0.3, 0.7) + contrast * textures(rng, labels)[..., None]
     image += colours(-0.5, 0.5) * ramp[:, None] + colours(-0.5, 0.5) * ramp
-    image = np.where(discs(rng, n)[..., None], colours(0.05, 0.95), image)
+    cy, cx, radius = rng.uniform([[0], [0], [3]], [[32], [32], [7]], (3, n))[..., None, None, None]
+    pixel = np.arange(32)[:, None] + 0.5
+    image = np.where(np.hypot(pixel[:, None] - cy, pixel - cx) < radius, colours(0.05, 0.95), image)
     image += 0.04 * rng.standard_normal(image.shape, dtype=np.float32)
     return np.uint8(255 * image.clip(0, 1) + 0.5)
 
@@ -352,57 +355,47 @@ def synthetic_dataset(seed):
     return [{"images": images[part], "labels": labels[part]} for part in (slice(8000), slice(8000, None))]
 
 
-def open_array(path):
-    """The array in an .npy file, memory-mapped."""
-    with expecting("an array saved by np.save", path):
-        return np.lib.format.open_memmap(path, mode="r")
+def open_array(path, fits, expected):
+    """The array in an .npy file, memory-mapped. Raises DataError, with what was expected, unless fits(array)."""
+    with expecting(expected, path):
+        array = np.lib.format.open_memmap(path, mode="r")
+        if not fits(array):
+            raise ValueError(f"{array.dtype} {list(array.shape)}")
+    return array
 
 
 def open_arrays(folder, prefix):
     """Dataset of PREFIXimages.npy, uint8 [N, H, W, C] or [N, H, W], and PREFIXlabels.npy, integers [N] or absent."""
-    path, labels_path = Path(folder, f"{prefix}images.npy"), Path(folder, f"{prefix}labels.npy")
-    images = open_array(path)
-    found = f"{path}: {images.dtype} {list(images.shape)}"
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
-        raise DataError(f"{found}, expected uint8 [N, H, W, C] or [N, H, W] with no empty dimension")
-    if images.ndim == 3:
-        images = images[..., None]  # grey
-    if images.shape[1] < min(images.shape[2:]):
-        raise DataError(f"{found}, expected [N, H, W, C]: save images.transpose(0, 2, 3, 1)")
-    labels = open_array(labels_path) if labels_path.exists() else np.full(len(images), -1)
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        found = f"{labels_path}: {labels.dtype} {list(labels.shape)}"
-        raise DataError(f"{found}, expected integers [{len(images)}], one per image")
-    return {"images": images, "labels": labels.astype(np.int64)}
+
+    def fits(x):  # not [N, C, H, W]
+        return x.dtype == np.uint8 and x.size and (x.ndim == 3 or x.ndim == 4 and x.shape[1] >= min(x.shape[2:]))
+
+    expected = "uint8 [N, H, W, C], the channels last, or [N, H, W], and no empty dimension"
+    images = open_array(Path(folder, f"{prefix}images.npy"), fits, expected)
+    n = len(images)
+    labels = np.full(n, -1)
+    if (path := Path(folder, f"{prefix}labels.npy")).exists():
+        expected = f"integers [{n}], one per image"
+        labels = open_array(path, lambda x: x.shape == (n,) and x.dtype.kind in "iu", expected)
+    return {"images": images if images.ndim == 4 else images[..., None], "labels": labels.astype(np.int64)}
 
 
 def open_images(folder):
-    """Datasets train and val of a folder: images uint8 [N, H, W, C] and labels int64 [N], below 0 for no label.
-
-    Reads images.npy, labels.npy and, for validation, val_images.npy, val_labels.npy; labels are optional. Without
-    val_images.npy a random tenth of the images is held out. Raises DataError for missing, unreadable or unfit files.
+    """Datasets of a folder's images.npy and, if it is there, val_images.npy: images uint8 [N, H, W, C] and labels
+    int64 [N], below 0 for no label. Raises DataError for missing, unreadable or unfit files.
     """
-    if not Path(folder, "images.npy").exists():
-        raise DataError(f"{folder}: no images, expected images.npy")
-    train = open_arrays(folder, "")
-    if Path(folder, "val_images.npy").exists():
-        return train, open_arrays(folder, "val_")
-    order = np.random.default_rng(0).permutation(size_of(train))  # random, since files are often sorted by label
-    if len(order) < 2:
-        raise DataError(f"{folder}: one image, expected two, or val_images.npy")
-    held_out, kept = map(np.sort, np.split(order, [max(1, len(order) // 10)]))
-    return [{name: Subset(array, part) for name, array in train.items()} for part in (kept, held_out)]
+    return [open_arrays(folder, prefix) for prefix in ("", "val_")[: 1 + Path(folder, "val_images.npy").exists()]]
 
 
-def crop_boxes(rng, rows, height, width, args):
+def crop_boxes(rng, rows, height, width, args, aspect):
     """Random resized crops and flips for these rows of the update: float32 [n, 5], in pixels.
 
-    Each is top, left, height, width, flipped (0 or 1). A crop has crop_scale to 1 of the area and an aspect ratio of
-    3:4 to 4:3, log-uniform, or the nearest one that fits.
+    Each is top, left, height, width, flipped (0 or 1). A crop has crop_scale to 1 of the area; its width is 3/4 to 4/3,
+    log-uniform, of its height times aspect, or the nearest that fits.
     """
     area, ratio, top, left, flip = rng.random((rows[-1] + 1, 5))[rows].T
     area = height * width * (args.crop_scale + (1 - args.crop_scale) * area)
-    ratio = ((4 / 3) ** (2 * ratio - 1)).clip(area / height**2, width**2 / area)
+    ratio = (aspect * (4 / 3) ** (2 * ratio - 1)).clip(area / height**2, width**2 / area)
     h, w = np.sqrt(area / ratio), np.sqrt(area * ratio)
     return np.stack([top * (height - h), left * (width - w), h, w, flip < args.flip_prob], 1).astype(np.float32)
 
@@ -422,15 +415,21 @@ def resize_weights(start, length, size_in, size_out):
 def prepare(batch, size):
     """Crop, flip and resize a batch's images, uint8 [B, H, W, C], to its boxes [B, 5] (see crop_boxes).
 
-    Returns float32 [B, C, size, size] in [-1, 1]: one matrix product per axis, on the images' device.
+    size: (height, width). Returns float32 [B, C, *size] in [-1, 1]: one matrix product per axis, on the images' device.
     """
     images = batch["images"].permute(0, 3, 1, 2).float()  # [B, C, H, W]
     top, left, height, width, flip = batch["boxes"].unbind(1)
-    vertical = resize_weights(top, height, images.shape[2], size)
-    horizontal = resize_weights(left, width, images.shape[3], size)
+    vertical = resize_weights(top, height, images.shape[2], size[0])
+    horizontal = resize_weights(left, width, images.shape[3], size[1])
     horizontal = torch.where(flip[:, None, None] > 0, horizontal.flip(1), horizontal)
     with torch.autocast(images.device.type, enabled=False):
         return vertical[:, None] @ images @ horizontal[:, None].mT / 127.5 - 1
+
+
+def middle(height, width, aspect):
+    """The box (see crop_boxes) of the largest part in the middle whose width is its height times aspect, rounded."""
+    h, w = min(height, round(width / aspect)), min(width, round(height * aspect))
+    return [(height - h) / 2, (width - w) / 2, h, w, 0]
 
 
 def make_data(args, config=None):
@@ -438,35 +437,48 @@ def make_data(args, config=None):
 
     config: the checkpoint's. Raises DataError for unfit images.
     """
-    train, val = open_images(args.data_dir) if args.data_dir else synthetic_dataset(args.seed)
-    height, width, channels = train["images"][np.array([0])].shape[1:]
-    if config is None:
-        flags = {field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(Config)}
-        size = args.image_size or min(height, width)
-        config = Config(**flags | {"image_size": size, "num_channels": channels})
-
-    def collate(picked, rng=None, rows=None):
-        n, height, width, channels = picked["images"].shape
+    datasets = open_images(args.data_dir) if args.data_dir else synthetic_dataset(args.seed)
+    for *shape, channels in dict.fromkeys(dataset["images"].shape[1:] for dataset in datasets):
+        if config is None:
+            flags = {field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(Config)}
+            size = args.image_size or [side - side % args.patch_size for side in shape]
+            config = Config(**flags | {"image_size": size, "num_channels": channels})
         if channels != config.num_channels:
             raise DataError(f"{args.data_dir}: images of {channels} channels, expected {config.num_channels}")
+        aspect = config.image_size[1] / config.image_size[0]
+        say(f"images of {shape} pixels, {channels} channels; evaluation sees the middle {middle(*shape, aspect)[2:4]}")
+
+    def collate(picked, rng=None, rows=None):
+        n, *shape, _ = picked["images"].shape
         if rng:
             scale = np.float32(config.rope_rescale ** rng.uniform(-1, 1))  # shared by the update, so it is drawn first
-            return picked | {"rope_scale": scale, "boxes": crop_boxes(rng, rows, height, width, args)}
-        side = min(height, width)  # the largest square in the middle
-        middle = (height - side) / 2, (width - side) / 2, side, side, 0
-        return picked | {"boxes": np.full((n, 5), middle, np.float32)}
+            return picked | {"rope_scale": scale, "boxes": crop_boxes(rng, rows, *shape, args, aspect)}
+        return picked | {"boxes": np.full((n, 5), middle(*shape, aspect), np.float32)}
 
+    if args.features:
+        return {"config": config, "predict": functools.partial(write_features, datasets, collate, args)}
+    if len(datasets) == 1:  # hold out a random tenth, since files are often sorted by label
+        order = np.random.default_rng(0).permutation(size_of(*datasets))
+        if len(order) < 2:
+            raise DataError(f"{args.data_dir}: one image, expected two, or val_images.npy")
+        parts = np.split(order, [len(order) // 10 or 1])
+        datasets = [subset(*datasets, np.sort(part)) for part in parts[::-1]]
+    train, val = datasets
     # The same in every run, and in file order: a memory map is read from beginning to end.
     labelled = np.flatnonzero(train["labels"][:] >= 0)
     chosen = np.sort(np.random.default_rng(0).permutation(labelled)[: args.probe_samples])
-    known = {name: Subset(array, chosen) for name, array in train.items()}
-    return {"train": train, "val": val, "known": known, "collate": collate, "config": config}
+    return {"train": train, "val": val, "known": subset(train, chosen), "collate": collate, "config": config}
 
 
 def describe(metrics):
     """The text of a log line."""
-    titles = {"loss": "Loss", "loss_final": "Final", "loss_intermediate": "Intermediate"}
-    titles |= {"knn_acc": "kNN", "probe_acc": "Probe"}
+    titles = {
+        "loss": "Loss",
+        "loss_final": "Final",
+        "loss_intermediate": "Intermediate",
+        "knn_acc": "kNN",
+        "probe_acc": "Probe",
+    }
     return " | ".join(f"{title}: {metrics[name]:.4f}" for name, title in titles.items() if name in metrics)
 
 
@@ -479,8 +491,12 @@ def report(metrics):
         if f"{prefix}knn_acc" in metrics:
             lines.append(f"{title:32}{metrics[prefix + 'knn_acc']:8.4f}{metrics[prefix + 'probe_acc']:8.4f}")
     lines.append(f"{'prediction of the next patch':32}{'loss':>8}")
-    rows = {"this model": "loss_final", "its layers before the last": "loss_intermediate"}
-    rows |= {"the best constant": "constant_loss", "the patch before": "copy_loss"}
+    rows = {
+        "this model": "loss_final",
+        "its layers before the last": "loss_intermediate",
+        "the best constant": "constant_loss",
+        "the patch before": "copy_loss",
+    }
     lines += [f"{title:32}{metrics[name]:8.4f}" for title, name in rows.items() if name in metrics]
     lines.append("target patches: mean cosine {embed_cos:.4f}, effective rank {effective_rank:.1f}".format_map(metrics))
     return "\n".join(lines)
@@ -513,7 +529,7 @@ def evaluate(model, data, args):
         for batch in eval_batches(dataset, args, data["collate"], limit):
             with autocast(args):
                 output = model(prepare(batch, size))
-            pixels = prepare(batch, min(size, 16)).flatten(1)
+            pixels = prepare(batch, np.minimum(size, 16)).flatten(1)
             mine.append([x.cpu() for x in (batch["labels"], features(output, args), pixels)])
             if dataset is data["val"]:
                 _, metrics = losses(output, args, every_layer=True)
@@ -528,6 +544,22 @@ def evaluate(model, data, args):
         raw = probe(pixels, y, test_pixels, test_y)
         metrics |= probe(x, y, test_x, test_y) | {f"raw_{name}": value for name, value in raw.items()}
     return metrics
+
+
+@torch.no_grad()
+def write_features(datasets, collate, args, model):
+    """--features OUT: float32 [N, D] of all images in file order, those of images.npy first. Returns this in words."""
+    with expecting("a new file in a folder that exists", args.features):
+        file = open(args.features, "xb")  # noqa: SIM115
+    found = []
+    for dataset in datasets:
+        for batch in tqdm(fixed_batches(dataset, collate, args.device, args.batch_size), disable=None):
+            with autocast(args):
+                output = model(prepare(batch, model.config.image_size))
+            found.append(features(output, args).cpu())
+    with file:
+        np.save(file, torch.cat(found).numpy())
+    return f"{args.features}: features of {[*map(size_of, datasets)]} images, those of images.npy first"
 
 
 def collapse(embedding):
@@ -557,6 +589,7 @@ def probe(x, y, test_x, test_y):
     test_x, test_y = test_x[test_y >= 0], test_y[test_y >= 0]
     if not len(test_y):
         return {}
+    classes, y = y.unique(return_inverse=True)  # labels may be ids or dates
     mean, targets = x.double().mean(0), F.one_hot(y).double()
     x, test_x = x - mean, test_x - mean
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))  # ascending
@@ -582,22 +615,29 @@ def probe(x, y, test_x, test_y):
 
     _, weights = max((ridge(10.0**exponent) for exponent in range(1, -7, -1)), key=lambda found: found[0])
     predicted = {"knn_acc": y[nearest].mode(1).values, "probe_acc": (test_x @ weights + offset).argmax(1)}
-    return {name: float((labels == test_y).double().mean()) for name, labels in predicted.items()}
+    return {name: float((classes[found] == test_y).double().mean()) for name, found in predicted.items()}
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 DATA_FLAGS = ("data_dir",)
-EVAL_FLAGS = ("probe_layer", "probe_samples")
-DEMO = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "lr": 1e-3, "max_train_steps": 400, "warmup_steps": 20}
-DEMO |= {"eval_interval": 100}
+EVAL_FLAGS = ("probe_layer", "probe_samples", "features")
+DEMO = {
+    "hidden_size": 64,
+    "num_layers": 4,
+    "num_heads": 2,
+    "lr": 1e-3,
+    "max_train_steps": 400,
+    "warmup_steps": 20,
+    "eval_interval": 100,
+}
 
 
 def add_method_args(parser):
     """Add this script's flags, and its defaults of the shared ones."""
     flag = flag_group(parser, "data")
     flag("--data_dir", None, "folder of images.npy and labels.npy; without it, a synthetic dataset of textures")
-    flag("--image_size", 0, "side of the images the model sees; 0: the data's shorter side")
+    flag("--image_size", None, "side, or height and width (default: the data's)", type=int, nargs="+", metavar="X")
     flag("--crop_scale", 0.35, "smallest part of the area that a random crop keeps", 0.01, 1)
     flag("--flip_prob", 0.5, "probability of a left-right flip", 0, 1)
     flag = flag_group(parser, "model")
@@ -617,6 +657,7 @@ def add_method_args(parser):
     flag = flag_group(parser, "probes")
     flag("--probe_layer", -1, "features of this layer; 0: the embedding, -1: the normed output", -1)
     flag("--probe_samples", 4000, "labelled training images that the probes may use", 10)
+    flag("--features", None, "with --eval_only: write the images' features [N, D] to this new .npy instead")
     parser.set_defaults(
         batch_size=64, max_train_steps=1500, lr=2e-3, weight_decay=0.05, min_lr_ratio=0.0, ema_decay=0.99
     )
@@ -626,6 +667,8 @@ def check(args, error):
     """Refuse flags that contradict each other."""
     if args.intermediate_loss_weight != 1 and not args.use_intermediate_loss:
         error("--intermediate_loss_weight needs --use_intermediate_loss")
+    if args.features and not args.eval_only:
+        error("--features needs --eval_only and the --out_dir of a run")
     if args.probe_layer > args.num_layers:
         error(f"--probe_layer {args.probe_layer} must be at most --num_layers {args.num_layers}")
 

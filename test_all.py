@@ -453,17 +453,18 @@ BAD = {  # flag -> message -> the files
         "byte order": {"5.npy": x3.numpy().astype(">f4")},
     },
     "--data_dir": {
-        "no images, expected images.npy": {},
+        "images.npy: [Errno 2] No such file": {},
         "one image, expected two": {"images.npy": (1, 8, 8, 3)},
         "images.npy: float64 [20, 8, 8, 3], expected uint8": {"images.npy": np.zeros((20, 8, 8, 3))},
-        "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C] or [N, H, W]": {"images.npy": (20, 8)},
+        "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C]": {"images.npy": (20, 8)},
         "images.npy: uint8 [0, 8, 8, 3], expected": {"images.npy": (0, 8, 8, 3)},
-        "uint8 [20, 3, 8, 8], expected [N, H, W, C]: save images.transpose(0, 2, 3, 1)": {"images.npy": (20, 3, 8, 8)},
-        "images.npy: uint8 [20, 1, 28, 28], expected [N, H, W, C]": {"images.npy": (20, 1, 28, 28)},
+        "uint8 [20, 3, 8, 8], expected uint8 [N, H, W, C], the channels last": {"images.npy": (20, 3, 8, 8)},
+        "images.npy: uint8 [20, 1, 28, 28], expected uint8 [N, H, W, C]": {"images.npy": (20, 1, 28, 28)},
+        "images of 1 channels, expected 3": {"images.npy": (20, 8, 8, 3), "val_images.npy": (20, 8, 8)},
         "images.npy: ": {"images.npy": np.array([None, {}], dtype=object)},
         "labels.npy: float64 [20], expected integers [20]": {"labels.npy": np.zeros(20)},
         "labels.npy: int64 [19], expected integers [20]": {"labels.npy": np.zeros(19, np.int64)},
-        "image_size 9, expected a multiple of patch_size 8": {"images.npy": (20, 9, 9, 3)},
+        "image_size (0, 8), expected multiples of patch_size 8": {"images.npy": (20, 7, 9, 3)},
     },
 }
 
@@ -1486,10 +1487,16 @@ def arrays(folder, images=(20, 8, 8, 3), labels=None, prefix=""):
     folder_with(folder, {name: value for name, value in files.items() if value is not None})
 
 
-def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path):
+def opened(flags):
+    """What make_data gives for these flags."""
+    return nepa_deep.make_data(parsed("nepa_deep", f"--device cpu {flags}"))
+
+
+def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path, capsys):
     images, labels = random_images(1000)[:, :7], np.arange(1000, dtype=np.int16) % 10  # not square: the middle is used
     arrays(tmp_path, images, labels)
-    parts = nepa_deep.open_images(tmp_path)
+    data = opened(f"--data_dir {tmp_path}")
+    parts = data["train"], data["val"]
     kept, out = (part["images"].index for part in parts)
     assert sorted([*kept, *out]) == list(range(1000)) and len(out) == 100
     for part, index in zip(parts, (kept, out)):
@@ -1498,69 +1505,64 @@ def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path):
         assert np.array_equal(found["images"], images[index]) and np.array_equal(found["labels"], labels[index])
     assert len({*(out % 10)}) == len({*(out // 100)}) == 10  # neither the first images nor every tenth
     run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path} --patch_size 7")
-    assert load(tmp_path / "run")["config"]["image_size"] == 7
-    arrays(tmp_path, images[:5], labels[:5], "val_")
-    assert len(nepa_deep.open_images(tmp_path)[1]["images"]) == 5
-
-
-def test_grey_images_have_one_channel(tmp_path):
-    arrays(tmp_path, random_images(20)[..., 0])
-    train, _ = nepa_deep.open_images(tmp_path)
-    assert np.array_equal(train["images"].array, random_images(20)[..., :1])
-    run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path}")
-    assert load(tmp_path / "run")["config"]["num_channels"] == 1
+    assert load(tmp_path / "run")["config"]["image_size"] == (7, 7)  # of 7 x 8
+    arrays(tmp_path, random_images(5, 18), labels[:5], "val_")  # of another size
+    run("nepa_deep", tmp_path / "run", "--eval_only", tiny=False)
+    assert "images of [18, 18] pixels, 3 channels; evaluation sees the middle [18, 18]\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("labels,val_labels", [(None, None), (np.full(40, -1), None), (None, np.zeros(9, int))])
 def test_images_without_labels_train_and_the_report_says_why_there_is_no_accuracy(tmp_path, capsys, labels, val_labels):
-    arrays(tmp_path, random_images(40), labels)
-    arrays(tmp_path, random_images(9), val_labels, "val_")
+    grey = random_images(40)[..., 0]
+    arrays(tmp_path, grey, labels)
+    arrays(tmp_path, grey[:9], val_labels, "val_")
     lines = run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path}")
     assert lines[-1]["best_loss"] and not any("acc" in name for line in lines for name in line)
-    assert load(tmp_path / "run", "best.pt") and "which need labels" in capsys.readouterr().out
+    assert load(tmp_path / "run", "best.pt")["config"]["num_channels"] == 1
+    assert "which need labels" in capsys.readouterr().out
 
 
 def test_only_labelled_images_are_probed(tmp_path):
     arrays(tmp_path, random_images(40), np.where(np.arange(40) % 3, np.arange(40) % 2, -1))
-    data = nepa_deep.make_data(parsed("nepa_deep", f"--device cpu --data_dir {tmp_path}"))
+    data = opened(f"--data_dir {tmp_path}")
     known, labels = (data[name]["labels"][:] for name in ("known", "train"))
     assert known.tolist() == labels[labels >= 0].tolist() and -1 in labels
     x, y = clusters(30)
-    assert nepa_deep.probe(x, y, x, torch.where(y > 0, y, -1)) == nepa_deep.probe(x, y, x[y > 0], y[y > 0])
-
-
-def test_a_model_is_evaluated_on_images_of_another_size_but_not_of_other_channels(tmp_path, capsys):
-    small = random_images(40)
-    for name, images in {"small": small, "large": random_images(40, 18), "grey": small[..., 0]}.items():
-        arrays(tmp_path / name, images, np.arange(40) % 2)
-    run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path}/small")
-    run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {tmp_path}/large", tiny=False)
-    assert capsys.readouterr().out.count("\nthis model") == 4  # twice each
-    with pytest.raises(SystemExit, match=f"^error: {tmp_path}/grey: images of 1 channels, expected 3$"):
-        run("nepa_deep", tmp_path / "run", f"--eval_only --data_dir {tmp_path}/grey", tiny=False)
+    dates = 20230000 + 17 * y
+    found = nepa_deep.probe(x, dates, x, torch.where(y > 0, dates, -1))
+    assert found == nepa_deep.probe(x, y, x[y > 0], y[y > 0])
 
 
 # ==== nepa_deep.py: crops ============================================================================================
 
 
 def prepared(images, size, box=None):
-    """Images cropped to this box, or as in validation."""
-    batch = nepa_deep.make_data(parsed("nepa_deep", "--device cpu"))["collate"]({"images": images})
+    """Images [B, H, W, C] at this size, cropped to this box, or as in validation."""
+    batch = opened(f"--patch_size 1 --image_size {size[0]} {size[1]}")["collate"]({"images": images})
     batch["boxes"] = torch.as_tensor([box] * len(images) if box else batch["boxes"])
     return nepa_deep.prepare(batch, size)
 
 
-def test_resizing_is_torchs_antialiased_one_and_validation_sees_the_middle():
-    images = torch.randint(256, (2, 20, 20, 3), dtype=torch.uint8)
-    for size in (32, 20, 9):
+def test_resizing_is_torchs_antialiased_one_and_validation_sees_the_middle(tmp_path, capsys):
+    for shape, size in ((20, 20), (32, 32)), ((20, 20), (20, 20)), ((20, 20), (9, 9)), ((16, 64), (8, 32)):
+        images = torch.randint(256, (2, *shape, 3), dtype=torch.uint8)
         wanted = F.interpolate(images.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True) / 127.5 - 1
         near(prepared(images, size), wanted)
-    assert torch.equal(prepared(F.pad(images, (0, 0, 7, 7)), 20), prepared(images, 20))
+    near(prepared(images, (16, 16)), images[:, :, 24:40].permute(0, 3, 1, 2) / 127.5 - 1)
+    # By default the data's own shape, as far as patches divide it; a number is the side of a square.
+    arrays(tmp_path, (20, 16, 67, 13))
+    for flags, size, seen in ("", (16, 64), "[16, 64]"), ("--image_size 8", (8, 8), "[16, 16]"):
+        data = opened(f"--data_dir {tmp_path} --patch_size 8 {flags}")
+        assert data["config"].image_size == size
+        height, width = batch_of(data, range(9), 0)["boxes"].T[2:4]
+        assert (width > 2 * height).all() == (size == (16, 64))
+        said = f"images of [16, 67] pixels, 13 channels; evaluation sees the middle {seen}"
+        assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_a_crop_is_the_slow_average_of_its_pixels():
     image = torch.randint(256, (1, 10, 14, 3), dtype=torch.uint8)
-    mine, flipped = (prepared(image, 4, [1.3, 2.6, 6.5, 9.1, flip])[0] for flip in (0, 1))
+    mine, flipped = (prepared(image, (4, 4), [1.3, 2.6, 6.5, 9.1, flip])[0] for flip in (0, 1))
     assert torch.equal(flipped, mine.flip(2))
 
     def weight(n, start, length, i):
@@ -1574,16 +1576,16 @@ def test_a_crop_is_the_slow_average_of_its_pixels():
 
 def test_crop_boxes_follow_the_flags():
     args = parsed("nepa_deep", "--crop_scale 0.5 --flip_prob 0.3")
-    draw = functools.partial(nepa_deep.crop_boxes, np.random.default_rng(0))
-    boxes = draw(np.arange(20_000), 40, 60, args)
+    draw = functools.partial(nepa_deep.crop_boxes, np.random.default_rng(0), aspect=2)
+    boxes = draw(np.arange(20_000), 40, 80, args)
     top, left, height, width, flip = boxes.T
     assert boxes.dtype == np.float32 and boxes.min() >= 0
-    assert (boxes[:, :2] + boxes[:, 2:4] <= [40.0001, 60.0001]).all()
-    area, ratio = height * width / 2400, (width / height)[(height < 40) & (width < 60)]
+    assert (boxes[:, :2] + boxes[:, 2:4] <= [40.0001, 80.0001]).all()
+    area, ratio = height * width / 3200, (width / height)[(height < 40) & (width < 80)] / 2
     assert [area.min(), area.max(), area.mean()] == pytest.approx([0.5, 1, 0.75], abs=0.01)
     assert [ratio.min(), ratio.max(), flip.mean()] == pytest.approx([3 / 4, 4 / 3, 0.3], abs=0.02)
     args.crop_scale = 1.0  # no crop at all
-    assert (draw(np.arange(9), 40, 60, args)[:, :4] == [0, 0, 40, 60]).all()
+    assert (draw(np.arange(9), 40, 80, args)[:, :4] == [0, 0, 40, 80]).all()
 
 
 # ==== nepa_deep.py: evaluation =======================================================================================
@@ -1686,13 +1688,30 @@ def test_the_probes_see_uncut_images_and_their_pixels_in_file_order(monkeypatch)
     index = data["known"]["images"].index
     assert len(index) == 60 and (np.diff(index) > 0).all()
     batch = batch_of(data, index)
-    images = nepa_deep.prepare(batch, 32)
+    images = nepa_deep.prepare(batch, (32, 32))
     (x, y, _, test_y), (pixels, *_) = sorted(probed[:2], key=lambda inputs: inputs[0].shape[1])
     near(x, model(images).prediction[:, 1:].mean(1), 1e-5)
     near(pixels, F.interpolate(images, 16, mode="bilinear", antialias=True).flatten(1))
     assert torch.equal(y, batch["labels"]) and len(test_y) == 20
     args.seed = 1
     assert np.array_equal(nepa_deep.make_data(args)["known"]["images"].index, index)
+
+
+def test_features_are_those_of_all_images_in_file_order_also_in_two_processes_and_overwrite_nothing(tmp_path):
+    images, out = random_images(23, 16), tmp_path / "features"
+    arrays(tmp_path / "data", images[:20])
+    arrays(tmp_path / "data", images[20:], prefix="val_")
+    run("nepa_deep", tmp_path, f"--data_dir {tmp_path}/data")
+    flags = f"--eval_only --probe_layer 1 --batch_size 8 --features {out}"
+    two_processes("nepa_deep", tmp_path, flags, tiny=False)
+    saved = load(tmp_path, "best.pt")
+    model = nepa_deep.Model(nepa_deep.Config(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    output = model(torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1)
+    near(torch.tensor(np.load(out)), output.hidden_states[0][:, 1:].mean(1), 1e-5)
+    assert "File exists" in stopped("nepa_deep", tmp_path, flags, tiny=False)[1]
+    with pytest.raises(ValueError, match="expected H and W to be multiples of 8"):
+        model(pictures(2, 16, 30))
 
 
 # ==== jepa_lm.py: the model ==========================================================================================
@@ -2604,7 +2623,9 @@ BAD_METHOD_FLAGS = {
         "--rope_rescale 0.5": "'0.5', expected at least 1",
         "--probe_samples 5": "'5', expected at least 10",
         "--num_heads 3": "error: hidden_size 64, expected a multiple of 4 * num_heads = 12",
-        "--patch_size 5": "error: image_size 32, expected a multiple of patch_size 5",
+        "--patch_size 33": "error: image_size (0, 0), expected multiples of patch_size 33",
+        "--image_size 8 8 8": "error: image_size [8, 8, 8]: ",
+        "--features x.npy": "--features needs --eval_only",
     },
     "jepa_lm": {
         "--jepa_loss infonce --batch_size 1": "--jepa_loss infonce needs --batch_size 2 or more",
@@ -3108,6 +3129,12 @@ def benchmark(flags):
         demo = flags + " --enable_deep_supervision --curriculum_end_step 0" * (script == "trm_deep")
         made, fixed = (Update(script, demo, load) for load in (True, False))
         row(f"{script}.py with its data loader / the same batch again", made, fixed, 1, rounds=41)
+
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/images.npy", random_images(1024, 256))
+        batches = Update("nepa_deep", f"{flags} --data_dir {folder}").batches
+        took = seconds(lambda: [next(batches) for _ in range(100)], False)
+        print(f"nepa_deep.py loads {6400 / took:.0f} images of 256 x 256 a second")
 
 
 if __name__ == "__main__":
