@@ -211,7 +211,7 @@ PUBLISHED = {  # patterns of published names -> ours, applied in this order
 }
 
 
-def to_our_names(weights):
+def to_our_names(weights, model):
     """Rename weights (dict of tensors or arrays) from published NEPA names, with or without `vit_nepa.`, to ours.
 
     Drops the weights of a classifier and says so. Our own names and unknown ones stay, for load_state_dict to check.
@@ -228,12 +228,15 @@ def to_our_names(weights):
     return {name: torch.stack(parts).flatten(0, 1) if len(parts) > 1 else parts[0] for name, parts in found.items()}
 
 
-def from_official(config, weights):
-    """A Model with the weights of the published NEPA code.
+def read_folder(folder):
+    """What a published folder (config.json, model.safetensors) says of Config, a dict."""
+    return read_config(json.loads((folder / "config.json").read_text("utf-8")))
 
-    config: dict with its names (hidden_size, num_hidden_layers, intermediate_size, use_gated_mlp, ...); settings of the
-    training that have no counterpart here (dropout, drop path, position jitter) are ignored. weights: see to_our_names.
-    Raises ValueError for an unsupported model, RuntimeError for weights that do not fit.
+
+def read_config(config):
+    """Our names and values for those of a published configuration, a dict. Raises ValueError for what we do not have.
+
+    Settings of the training that have no counterpart here (dropout, drop path, position jitter) are ignored.
     """
     gated = config.get("use_gated_mlp", False)
     for name, expected in {"is_causal": True, "qkv_bias": True, "hidden_act": "silu" if gated else "gelu"}.items():
@@ -249,8 +252,16 @@ def from_official(config, weights):
     }
     config = {ours.get(name, name): value for name, value in config.items()}
     config["rope_rescale"] = config.get("rope_rescale") or 1.0  # off by default, unlike ours
-    model = Model(Config(**{name: config[name] for name in config.keys() & Config.__dataclass_fields__}))
-    model.load_state_dict(to_our_names(weights))
+    return {name: config[name] for name in config.keys() & Config.__dataclass_fields__}
+
+
+def from_official(config, weights):
+    """A Model with the weights of the published NEPA code: see read_config and to_our_names.
+
+    Raises ValueError for an unsupported model, RuntimeError for weights that do not fit.
+    """
+    model = Model(Config(**read_config(config)))
+    model.load_state_dict(to_our_names(weights, model))
     return model
 
 
@@ -432,17 +443,17 @@ def middle(height, width, aspect):
     return [(height - h) / 2, (width - w) / 2, h, w, 0]
 
 
-def make_data(args, config=None):
+def make_data(args, given):
     """What the shared part asks for (listed there), and `known`: the labelled images that the probes learn from.
 
-    config: the checkpoint's. Raises DataError for unfit images.
+    given: what a checkpoint says of Config, a dict. Raises DataError for unfit images.
     """
     datasets = open_images(args.data_dir) if args.data_dir else synthetic_dataset(args.seed)
+    flags = {field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(Config)}
     for *shape, channels in dict.fromkeys(dataset["images"].shape[1:] for dataset in datasets):
-        if config is None:
-            flags = {field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(Config)}
-            size = args.image_size or [side - side % args.patch_size for side in shape]
-            config = Config(**flags | {"image_size": size, "num_channels": channels})
+        size = args.image_size or [side - side % args.patch_size for side in shape]
+        given = {"image_size": size, "num_channels": channels} | given  # validation as training
+        config = Config(**flags | given)
         if channels != config.num_channels:
             raise DataError(f"{args.data_dir}: images of {channels} channels, expected {config.num_channels}")
         aspect = config.image_size[1] / config.image_size[0]
@@ -622,6 +633,7 @@ def probe(x, y, test_x, test_y):
 
 DATA_FLAGS = ("data_dir",)
 EVAL_FLAGS = ("probe_layer", "probe_samples", "features")
+PUBLISHED = {}
 DEMO = {
     "hidden_size": 64,
     "num_layers": 4,
@@ -663,7 +675,7 @@ def add_method_args(parser):
     )
 
 
-def check(args, error):
+def check(args, given, error):
     """Refuse flags that contradict each other."""
     if args.intermediate_loss_weight != 1 and not args.use_intermediate_loss:
         error("--intermediate_loss_weight needs --use_intermediate_loss")
@@ -675,11 +687,13 @@ def check(args, error):
 
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
-#   Config; Model(config); to_our_names(weights), which renames published weights
+#   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder), what the
+#     folder of a published model says of Config, a dict; PUBLISHED: defaults of flags with such a folder
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
-#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, error): error(text) refuses the flags
+#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), see there
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
-#     predict(model) -> text, which replaces the evaluation. The argument config: the checkpoint's, None in a new run
+#     predict(model) -> text, which replaces the evaluation. The argument config: a dict, what a
+#     checkpoint or --init_from says of Config; empty in a new run
 #   compute_loss(model, batch, carry, args) -> loss, sums (see add_sums), carry. The batch holds step and share (see
 #     train). carry: {} at first, then what each row takes along to the next update, tensors [B, ...]
 #   evaluate(model, data, args) -> means, with a "loss"; describe(metrics) -> text of a log line
@@ -835,7 +849,7 @@ MAY_CHANGE = (
 
 
 def parse_args(argv):
-    """The flags in force and, with --resume or --eval_only, the checkpoint. Refuses what makes no sense (exit 2)."""
+    """The flags in force, and what the run starts from. Refuses flags that make no sense (exit 2)."""
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [flags]      (--help lists them)",
         description=__doc__,
@@ -855,7 +869,7 @@ def parse_args(argv):
     flag("--grad_clip", 1.0, "largest gradient norm; 0: no limit")
     flag("--ema_decay", 0.0, "of the averaged weights, which are then the ones evaluated; 0: none", 0, 0.999999)
     flag("--seed", 0, "of the weights, the order and the synthetic dataset", 0, 2**32 - 1)
-    flag("--init_from", None, "start from the weights in this file: a run's best.pt or ckpt.pt, or published ones")
+    flag("--init_from", None, "start from the weights of a run's best.pt or ckpt.pt, or a published file or folder")
     flag = flag_group(parser, "machine")
     flag("--device", "auto", "auto (CUDA if there), cpu, cuda, mps, ...")
     flag("--dtype", "auto", "auto: bfloat16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
@@ -874,28 +888,35 @@ def parse_args(argv):
     add_method_args(parser)
     parser.epilog = f"Without --{DATA_FLAGS[0]} the demonstration has defaults of its own:\n{DEMO}"
 
-    args, checkpoint, stored = parser.parse_args(argv), None, {}
+    args, start, stored = parser.parse_args(argv), {"config": {}}, {}
+    origin = args.init_from
     if not args.out_dir and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
     # expanduser: a shell leaves the ~ of --out_dir=~/x
     folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}").expanduser()
     path = folder / ("best.pt" if args.eval_only else "ckpt.pt")
     if args.eval_only or args.resume and path.exists():
-        checkpoint = load_checkpoint(path)
-        stored = checkpoint["args"]
-        parser.set_defaults(**stored)
-    elif not args.resume and (folder / "metrics.jsonl").exists():
-        parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
-    elif not getattr(args, DATA_FLAGS[0]):
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)  # now the command line overrides the defaults set above
-    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if args.eval_only else ())}
+        start, origin = load_checkpoint(path), folder
+        stored = start["args"]
+    else:
+        if not args.resume and (folder / "metrics.jsonl").exists():
+            parser.error(f"--out_dir {folder} holds a run: --resume continues it, --eval_only uses it")
+        if not getattr(args, DATA_FLAGS[0]):
+            parser.set_defaults(**DEMO)
+        if origin:
+            start = load_weights(origin)
+            parser.set_defaults(**(PUBLISHED if Path(origin).is_dir() else {}))
+            stored = {name: value for name, value in start["config"].items() if name in vars(args)}
+    parser.set_defaults(**stored)
+    given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
+    evaluates = args.eval_only or not args.resume
+    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if evaluates else ())}
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
         if name not in free and value != stored.get(name, value):
-            parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {stored[name]}")
-    check(args, parser.error)
+            parser.error(f"--{name} {value} conflicts with {origin}, which has {stored[name]}")
+    check(args, given, parser.error)
     args.out_dir = str(folder)
     args.flags = dict(vars(args))  # with auto unresolved: for the checkpoint and wandb
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
@@ -906,32 +927,40 @@ def parse_args(argv):
     if args.dtype == "auto":
         bfloat16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if bfloat16 else "float32"
-    return args, checkpoint
+    return args, start
 
 
 # ---- files ----
 
 
 def load_checkpoint(path):
-    """The checkpoint at path (see Run.save), its config as a Config. Raises DataError if it is not this script's."""
+    """The checkpoint at path (see Run.save). Raises DataError if it is not this script's."""
     with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": Config(**checkpoint["config"])}
+        Config(**checkpoint["config"])
+        return checkpoint
 
 
-def load_weights(model, path):
-    """--init_from: the weights of a checkpoint (averaged if there are any), or published ones. Raises DataError."""
-    with expecting("weights of this model (for .safetensors, pip install safetensors)", path):
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # the only use of this package
+def load_weights(path):
+    """For --init_from: {"weights": ..., "config": what comes with them, a dict}. Raises DataError.
 
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+    path: a run's checkpoint, whose averaged weights count if there are any, a published model's folder, or a file of
+    published weights, with which no config comes.
+    """
+    path, found = Path(path), {}
+    with expecting("a checkpoint or published weights (.safetensors: pip install safetensors)", path):
+        for file in sorted(path.glob("model*.safetensors")) or [path]:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                found |= load_file(file)
+            else:
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        config = read_folder(path) if path.is_dir() else found.get("config", {})
         for wrapper in ("ema", "model", "state_dict"):
-            weights = weights.get(wrapper) or weights
-        bare = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in weights.items()}
-        model.load_state_dict(to_our_names(bare))
+            found = found.get(wrapper) or found
+        weights = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in found.items()}
+        return {"weights": weights, "config": config}
 
 
 # ---- optimizer ----
@@ -958,7 +987,7 @@ def make_optimizer(model, args):
 class Run:
     """All that changes during a run, how it is logged and how it is saved."""
 
-    def __init__(self, args, data, checkpoint):
+    def __init__(self, args, data, start):
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * WORLD  # samples of an update
         # The rows of an update that each micro-batch of this process takes: int64 [grad_accum, batch_size].
@@ -968,8 +997,9 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = self.net = Model(data["config"]).to(args.device)
         self.model.grad_checkpoint = args.grad_checkpoint
-        if args.init_from and not checkpoint:
-            load_weights(self.model, args.init_from)
+        if "weights" in start:
+            with expecting("weights of this model", args.init_from):
+                self.model.load_state_dict(to_our_names(start["weights"], self.model))
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay else None
         self.optimizer = make_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "float16")
@@ -997,8 +1027,8 @@ class Run:
             "log_size": 0,
             "wandb_id": None,
         }
-        if checkpoint:
-            self.restore(checkpoint)
+        if "step" in start:
+            self.restore(start)
         self.batches = training_batches(
             data["train"], data["collate"], args.device, args.seed, self.num_rows, self.parts, self.step
         )
@@ -1203,7 +1233,7 @@ def train(run):
 
 def launch(argv):
     """Evaluate or train, as the flags say. Returns the exit code."""
-    args, checkpoint = parse_args(argv)
+    args, start = parse_args(argv)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -1211,9 +1241,9 @@ def launch(argv):
         with expecting("processes started by torchrun", f"{WORLD} processes"):
             dist.init_process_group(f"cpu:gloo{',cuda:nccl' * (args.device.type == 'cuda')}")
         dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
-    data = make_data(args, checkpoint and checkpoint["config"])
+    data = make_data(args, start["config"])
     if not args.eval_only:
-        run = Run(args, data, checkpoint)
+        run = Run(args, data, start)
         with run.open_log(), catch_signals():
             say(
                 f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples, "
@@ -1221,7 +1251,10 @@ def launch(argv):
             )
             return train(run)
     model = Model(data["config"]).to(args.device).eval()
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(start["model"])
+    if RANK == 0:  # not on stdout, where an answer may stand
+        warning = "" if start["step"] else "; warning: no later evaluation was better than the one before training"
+        print(f"{args.out_dir}/best.pt of step {start['step']}{warning}", file=sys.stderr)
     if "predict" not in data:
         metrics = evaluate(model, data, args)
         say(f"{describe(metrics)}\n{report(metrics)}")
