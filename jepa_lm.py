@@ -20,6 +20,7 @@ Without --train_file it learns a synthetic dataset of word problems. The first c
 
 import argparse
 import contextlib
+import collections
 import copy
 import dataclasses
 import datetime
@@ -31,6 +32,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -51,9 +53,8 @@ except ImportError as error:
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
-PAD, END, SYSTEM, USER, ASSISTANT, VOCABULARY = range(256, 262)  # after the 256 bytes; END closes a turn
-ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 IGNORE = -100  # label of a position without a loss
+PAD = -1  # fills rows up
 
 
 @dataclasses.dataclass
@@ -64,31 +65,46 @@ class Config:
     num_layers: int = 4
     num_heads: int = 8
     predictors: int = 2  # predictor tokens; their ids follow the vocabulary
+    # What follows comes from a published model's folder; these are the byte model's.
+    vocab_size: int = 260
+    num_key_value_heads: int = 0  # 0: num_heads
+    head_dim: int = 0  # 0: hidden_size / num_heads
+    intermediate_size: int = 0  # 0: 8/3 hidden_size; with SwiGLU's three matrices the size of a plain network's 4
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # the numbers of Llama 3's
+    qkv_bias: bool = False
+    o_bias: bool = False
+    head_norm: bool = True  # RMSNorm of each query and key
+    tie_word_embeddings: bool = True  # the head is the embedding table
+    sliding_window: int = 0  # attention would reach no further; 0: no limit
+    files: dict | None = None  # of that folder: name -> text
 
     def __post_init__(self):
-        if self.hidden_size % (2 * self.num_heads):
-            multiple = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
-            raise DataError(f"hidden_size is {self.hidden_size}, expected {multiple}")
+        D, heads = self.hidden_size, self.num_heads
+        if not self.head_dim and D % (2 * heads):
+            raise DataError(f"hidden_size is {D}, expected a multiple of 2 * num_heads = {2 * heads}")
+        self.head_dim = self.head_dim or D // heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.intermediate_size = self.intermediate_size or math.ceil(8 / 3 * D / 64) * 64
 
 
-def rms_norm(x):
-    """x / rms(x), computed in float32, without a gain. x: [..., D] of any float dtype."""
-    x32 = x.float()
-    mean_square = x32.norm(dim=-1, keepdim=True).square() / x.shape[-1]  # a third faster than x32.square().mean(-1)
-    return (x32 * torch.rsqrt(mean_square + 1e-5)).to(x.dtype)
-
-
-def rotary(positions, d):
-    """RoPE angles of positions [B, T] as cos, signed sin [B, T, 1, 1, d], float32."""
-    frequencies = 10000.0 ** (-torch.arange(0, d, 2, device=positions.device) / d)
-    angles = positions[:, :, None, None, None] * frequencies
+def rotary(positions, config):
+    """RoPE angles of positions [B, T] as cos, signed sin [B, T, 1, d], float32."""
+    d, scaling = config.head_dim, config.rope_scaling
+    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device) / d)
+    if scaling:  # of Llama 3: what turns seldom within the length of the first training turns more slowly
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
+    angles = positions[:, :, None, None] * frequencies
     return torch.cat([angles, angles], dim=-1).cos(), torch.cat([-angles, angles], dim=-1).sin()
 
 
 def rotate(x, cos, sin):
-    """Half-split rotation of x [B, T, 2, heads, d], in float32: [x1 cos - x2 sin, x2 cos + x1 sin], signs in sin."""
-    x32 = x.float()
-    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    """Half-split rotation of x [B, T, heads, d]: [x1 cos - x2 sin, x2 cos + x1 sin], the signs being in sin."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q, k, v, mask=None):
@@ -104,75 +120,161 @@ def attend(q, k, v, mask=None):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block without biases: h = h + Attention(n(h)); h = h + SwiGLU(n(h)); q and k normed too."""
+    """The transformer block of Llama, Mistral and Qwen, in their names.
+
+    h = h + o(attend(rope(norm(q(n(h)))), rope(norm(k(n(h)))), v(n(h)))); h = h + down(silu(gate(n(h))) * up(n(h)))
+    """
 
     def __init__(self, config):
         super().__init__()
-        D = config.hidden_size
-        inner = math.ceil(8 / 3 * D / 64) * 64  # SwiGLU has three matrices; 8/3 D keeps the parameter count of 4 D
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(D, 3 * D, bias=False)
-        self.o = nn.Linear(D, D, bias=False)
-        self.gate_up = nn.Linear(D, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, D, bias=False)
+        D, d, inner, eps = config.hidden_size, config.head_dim, config.intermediate_size, config.rms_norm_eps
+        queries, keys, bias = config.num_heads * d, config.num_key_value_heads * d, config.qkv_bias
+        attention = {
+            "q_proj": nn.Linear(D, queries, bias),
+            "k_proj": nn.Linear(D, keys, bias),
+            "v_proj": nn.Linear(D, keys, bias),
+            "o_proj": nn.Linear(queries, D, config.o_bias),
+        }
+        if config.head_norm:
+            attention |= {"q_norm": nn.RMSNorm(d, eps), "k_norm": nn.RMSNorm(d, eps)}
+        gated = {"gate_proj": (D, inner), "up_proj": (D, inner), "down_proj": (inner, D)}
+        self.input_layernorm, self.self_attn = nn.RMSNorm(D, eps), nn.ModuleDict(attention)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps)
+        self.mlp = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in gated.items()})
 
     def forward(self, h, cos, sin, mask=None):
-        B, T, D = h.shape
-        qk, v = self.qkv(rms_norm(h)).split([2 * D, D], dim=-1)
-        qk = rotate(rms_norm(qk.view(B, T, 2, self.num_heads, -1)), cos, sin)  # [B, T, 2, heads, d]
-        q, k = qk.transpose(1, 3).unbind(2)  # each [B, heads, T, d]
-        v = v.view(B, T, self.num_heads, -1).transpose(1, 2)  # [B, heads, T, d]
-        h = h + self.o(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, D))  # [B, heads, T, d] -> [B, T, D]
-        gate, up = self.gate_up(rms_norm(h)).chunk(2, dim=-1)
-        return h + self.down(F.silu(gate) * up)
+        attn, mlp, x = self.self_attn, self.mlp, self.input_layernorm(h)
+        q, k, v = (project(x).unflatten(-1, (-1, cos.shape[-1])) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = q.float(), k.float()  # [B, T, heads, d]
+        if "q_norm" in attn:
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        q, k, group = rotate(q, cos, sin), rotate(k, cos, sin), q.shape[2] // k.shape[2]  # queries that share a key
+        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+        h = h + attn.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        x = self.post_attention_layernorm(h)
+        return h + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
 class Model(nn.Module):
-    """A decoder over bytes and special tokens; input and output embeddings are tied."""
+    """A decoder-only language model."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False
-        self.embed = nn.Embedding(VOCABULARY, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.predictors = nn.Parameter(torch.empty(config.predictors, config.hidden_size))
         # In reverse order: the predictors come last, so the language model is the same for any number of them.
         for name, p in reversed(list(self.named_parameters())):
-            std = 0.05 if name in ("embed.weight", "predictors") else p.shape[1] ** -0.5
-            if name.endswith(("o.weight", "down.weight")):
-                std /= (2 * config.num_layers) ** 0.5  # residual stream of equal variance at any depth, as in GPT-2
-            nn.init.normal_(p, std=std)
+            if p.ndim == 2:
+                std = 0.05 if name in ("embed_tokens.weight", "predictors") else p.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= (2 * config.num_layers) ** 0.5  # residual stream of equal variance at any depth, as in GPT-2
+                nn.init.normal_(p, std=std)
 
     def forward(self, tokens, positions=None, mask=None):
         """Final states, after the last norm: [B, T, D].
 
-        tokens: [B, T] of any integer dtype; predictor k has id VOCABULARY + k. positions: int64 [B, T]; None: 0, 1, ...
+        tokens: [B, T] of any integer dtype; predictor k has id vocab_size + k. positions: int64 [B, T]; None: 0, 1, ...
         mask: bool [B, 1, E, T], True where one of the last E tokens may attend to a token; all others are causal.
         """
-        config = self.config
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        cos, sin = rotary(positions, config.hidden_size // config.num_heads)
-        # One table in every pass: DistributedDataParallel needs a gradient, even if zero, for every parameter.
-        h = F.embedding(tokens.long(), torch.cat([self.embed.weight, self.predictors]))
+        cos, sin = rotary(positions, self.config)
+        predictor = tokens.long() - self.config.vocab_size  # below 0: an ordinary token
+        h = self.embed_tokens(torch.where(predictor < 0, tokens.long().clamp(0), 0))
+        if len(self.predictors):  # looked up in every pass: DistributedDataParallel needs a gradient, even if zero
+            h = torch.where(predictor[..., None] < 0, h, F.embedding(predictor.clamp(0), self.predictors))
         for block in self.layers:
             # Backward starts with the last block: recomputing it would save no memory.
             if self.grad_checkpoint and torch.is_grad_enabled() and block is not self.layers[-1]:
                 h = checkpoint(block, h, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, cos, sin, mask)
-        return rms_norm(h)
+        return self.norm(h)
 
     def head(self, h):
-        """Logits [..., VOCABULARY] of final states [..., D], in float32: bfloat16 has ties for the best."""
+        """Logits [..., vocab_size] of final states [..., D], in float32: bfloat16 has ties for the best."""
+        table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), self.embed.weight.float())
+            return F.linear(h.float(), table.weight.float())
 
 
-def to_our_names(weights):
-    """For --init_from: nobody has published weights for this model, and its own keep their names."""
+# ---- published models -----------------------------------------------------------------------------------------------
+
+FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+SUPPORTED = {
+    "model_type": ("llama", "mistral", "qwen2", "qwen3"),
+    "hidden_act": ("silu",),
+    "rope_type": ("default", "llama3"),
+    "partial_rotary_factor": (1,),
+    "mlp_bias": (False,),
+}
+
+
+def read_folder(folder):
+    """What the folder of a published model says of our Config, as a dict. Raises DataError for what we do not have."""
+    files = {name: (folder / name).read_text("utf-8") for name in FILES if (folder / name).exists()}
+    config = {"tie_word_embeddings": False} | json.loads(files["config.json"])
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    config = {"rope_type": rope.get("type", "default")} | config | rope
+    for name, known in SUPPORTED.items():
+        if config.get(name, known[0]) not in known:
+            raise DataError(f"{folder}/config.json: {name} is {config[name]!r}, expected {' or '.join(map(str, known))}")
+    kind, bias = config["model_type"], config.get("attention_bias", False)
+    if kind != "mistral" and not config.get("use_sliding_window"):
+        config["sliding_window"] = 0
+    config |= {
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "rope_scaling": rope if config["rope_type"] == "llama3" else None,
+        "qkv_bias": bias or kind == "qwen2",
+        "o_bias": bias and kind != "qwen2",
+        "head_norm": kind == "qwen3",
+        # A chat template may ask for the date: chats of a resumed run must not change.
+        "files": files | {"date": f"{datetime.date.today()}"},
+    }
+    return {name: config[name] for name in Config.__dataclass_fields__ if config.get(name) is not None}
+
+
+def to_our_names(weights, model):
+    """The names are ours. Predictors, which a published model lacks, are drawn with the spread of its embeddings."""
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    if "predictors" not in weights:
+        std = weights["embed_tokens.weight"].float().std().item()
+        weights["predictors"] = nn.init.normal_(torch.empty_like(model.predictors), std=std)
     return weights
+
+
+def from_pretrained(folder, predictors=2):
+    """The Model in a published folder. Raises DataError."""
+    source = load_source(folder)
+    model = Model(Config(**source["config"], predictors=predictors))
+    model.load_state_dict(to_our_names(source["model"], model))
+    return model
+
+
+def export(model, folder):
+    """Write a new folder for transformers, vLLM and --init_from; returns a line to print. Raises DataError."""
+    files = model.config.files
+    if not files:
+        raise DataError("--export: the byte model has no published form, expected a run that began with a folder")
+    from safetensors.torch import save_file
+
+    os.makedirs(folder)
+    names = {name: name if name == "lm_head.weight" else f"model.{name}" for name in model.state_dict()}
+    del names["predictors"]
+    save_file({names[name]: model.state_dict()[name] for name in names}, f"{folder}/model.safetensors", {"format": "pt"})
+    config = json.loads(files["config.json"]) | {"torch_dtype": "float32", "dtype": "float32"}
+    files = files | {"config.json": json.dumps(config, indent=2)}
+    for name in files.keys() & FILES:
+        Path(folder, name).write_text(files[name], "utf-8")
+    return f"wrote {folder}"
 
 
 # ---- the losses: the part people copy -------------------------------------------------------------------------------
@@ -233,20 +335,101 @@ def cosines(predicted, target, text):
     return {"cos_paired": (p @ t.T, own), "cos_unpaired": (p @ t.T, other), "cos_targets": (t @ t.T, other)}
 
 
-# ---- data: chats, the synthetic dataset -----------------------------------------------------------------------------
+# ---- data: tokens, chats, the synthetic dataset ---------------------------------------------------------------------
+
+
+class Bytes:
+    """The vocabulary without a file: 256 bytes, END, which closes a turn, and a token for each role."""
+
+    END, ROLES = 256, {"system": 257, "user": 258, "assistant": 259}
+
+    def tokens(self, text):
+        return list(text.encode())
+
+    def decode(self, ids, special=False):
+        """The text of ids. Invalid UTF-8 and, if asked for, special tokens are shown as U+FFFD."""
+        return bytes(min(i, 255) for i in ids if special or i < 256).decode(errors="replace")
+
+    def turns(self, messages):
+        """A chat cut at its answers: [(tokens before it, its text, how long what leads into it is, its end)], the rest.
+
+        The end is a token; the rest, tokens after the last one.
+        """
+        turns, before = [], []
+        for message in messages:
+            before.append(self.ROLES[message["role"]])
+            if message["role"] == "assistant":
+                turns.append((before, message["content"], 0, self.END))
+                before = []
+            else:
+                before += [*self.tokens(message["content"]), self.END]
+        return turns, []
+
+
+class Tokenizer:
+    """A published model's tokenizer and chat template. files: see read_folder."""
+
+    def __init__(self, files):
+        import tokenizers
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template is foreign code
+
+        def refuse(message):
+            raise ValueError(f"the chat template: {message}")
+
+        self.inner = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.special = [token.content for token in self.inner.get_added_tokens_decoder().values() if token.special]
+        settings = json.loads(files["tokenizer_config.json"])
+        template = files.get("chat_template.jinja") or settings["chat_template"]
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}["default"]
+        extensions = ["jinja2.ext.loopcontrols"]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        strftime = datetime.date.fromisoformat(files["date"]).strftime
+        environment.globals |= {"raise_exception": refuse, "strftime_now": strftime, "tools": None}
+        for name in ("bos_token", "eos_token"):
+            token = settings.get(name) or ""
+            environment.globals[name] = token["content"] if isinstance(token, dict) else token
+        self.template = environment.from_string(template)
+
+    def tokens(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, special=False):
+        return self.inner.decode(list(ids), skip_special_tokens=not special)
+
+    def turns(self, messages):
+        """As Bytes.turns. Raises ValueError if the template hides where an answer begins or ends."""
+        turns, text, done = [], self.template.render(messages=messages), 0
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self.template.render(messages=messages[:i], add_generation_prompt=True)
+                content = message["content"] if message["content"] in text[len(prompt) :] else message["content"].strip()
+                lead, _, after = text[len(prompt) :].partition(content)
+                end = max((token for token in self.special if after.startswith(token)), key=len, default=None)
+                if not text.startswith(prompt) or not end or any(token in lead for token in self.special):
+                    raise ValueError(f"the chat template changes message {i + 1} or hides its end")
+                turns.append((self.tokens(text[done : len(prompt)]), lead + content, len(lead), *self.tokens(end)))
+                done = len(text) - len(after) + len(end)
+        return turns, self.tokens(text[done:])
+
+
+BYTES = Bytes()
+
+
+def open_tokenizer(folder):
+    """The Tokenizer of a published model's folder."""
+    return Tokenizer(read_folder(Path(folder))["files"])
 
 
 class Sample(NamedTuple):
     """One chat. labels[i] is the token to predict at position i, or IGNORE: count (labels != IGNORE)."""
 
-    tokens: np.ndarray  # int16 [T]
-    labels: np.ndarray  # int16 [T]
+    tokens: np.ndarray  # int32 [T]
+    labels: np.ndarray  # int32 [T]
     steps: list  # [start, end) of each step of the last answer in tokens, without the blank lines between them
-
-    @property
-    def answer(self):
-        """Where the last answer begins in tokens; everything before, its role token included, is the prompt."""
-        return int(np.flatnonzero(self.tokens == ASSISTANT)[-1]) + 1
+    answer: int  # where the last answer begins in tokens; everything before is the prompt
 
     @property
     def length(self):
@@ -255,67 +438,134 @@ class Sample(NamedTuple):
         return len(self.tokens) + sum(end - start for start, end in copies)
 
 
-def encode(messages, unmask_user=False):
-    """A chat as a Sample: [system,] then user and assistant in turn, each a role token, its bytes and END.
+def encode(messages, unmask_user=False, tokenizer=BYTES):
+    """A chat as a Sample: [system,] then user and assistant in turn, as the tokenizer writes them.
 
-    messages: list of {"role": ..., "content": ...}. The bytes and END of every assistant turn are supervised; with
-    unmask_user, every token but the first. Raises ValueError, TypeError or LookupError for anything else.
+    messages: list of {"role": ..., "content": ...}; "weight": 0 or "train": false masks an answer. The text and the end
+    of every other answer are supervised; with unmask_user, every token but the first and masked answers. What follows
+    the last answer to learn is left out. Each step is tokenized alone. Raises ValueError for anything else.
     """
-    roles = [message["role"] for message in messages]
+    learned = check_chat(messages)
+    if messages[0] == {"role": "system", "content": ""}:  # a prompt could not ask for it
+        messages = messages[1:]
+    while not learned[-1]:
+        learned, messages = learned[:-1], messages[:-2]
+    turns, rest = tokenizer.turns(messages)
+    tokens, targets = [], []
+
+    def add(ids, supervised):
+        span = len(tokens), len(tokens) + len(ids)
+        tokens.extend(ids)
+        targets.extend(ids if supervised else [IGNORE] * len(ids))
+        return span
+
+    for (before, text, lead, end), learn in zip(turns, learned):
+        _, answer = add(before, unmask_user)
+        steps, at = [], 0
+        for start, stop in find_steps(text, lead):
+            add(tokenizer.tokens(text[at:start]), learn)
+            steps.append(add(tokenizer.tokens(text[start:stop]), learn))
+            at = stop
+        add([*tokenizer.tokens(text[at:]), end], learn)
+    if not steps:
+        raise ValueError("the last answer is empty")
+    add(rest, False)
+    return Sample(np.array(tokens, np.int32), np.array([*targets[1:], IGNORE], np.int32), steps, answer)
+
+
+def find_steps(text, lead):
+    """[start, end) in text of each step of an answer: runs of lines that are not blank and do not end in the lead."""
+    found = re.finditer(r"(?m)^(.*\S.*\n?)+", text)
+    return [(each.start(), each.start() + len(each[0].rstrip("\r\n"))) for each in found if each.end() > lead]
+
+
+HARMLESS = {"id", "name", "source", "dataset", "category", "language", "model", "prompt_id", "metadata", "timestamp"}
+
+
+def refuse_unknown(what, fields, *known):
+    """Raises ValueError if a row or message has fields that would be dropped without a word, empty ones aside."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{what} is of type {type(fields).__name__}")
+    if unknown := [name for name, value in fields.items() if value and name not in HARMLESS.union(known)]:
+        raise ValueError(f"{what} has {', '.join(unknown)}, which would be dropped")
+
+
+def check_chat(messages):
+    """Whether each answer is to be learned, as a list. Raises ValueError."""
+    for number, message in enumerate(messages, start=1):
+        refuse_unknown(f"message {number}", message, "role", "content", "weight", "train")
+        if not isinstance(content := message.get("content"), str):
+            raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")
+        if not {message.get("weight"), message.get("train")} <= {None, 0, 1}:
+            raise ValueError(f"message {number} has a weight that is not 0 or 1")
+    roles = [message.get("role") for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(f"roles {', '.join(map(repr, roles)) or 'none'}")
-    tokens, targets = [], []
-    for role, message in zip(roles, messages):
-        start, text = len(tokens) + 1, bytes(message["content"], "utf-8")
-        tokens += [ROLES[role], *text, END]
-        targets += [IGNORE, *text, END] if role == "assistant" else [IGNORE] * (len(text) + 2)
-    steps = find_steps(message["content"], start)
-    if not steps:
-        raise ValueError("the last answer is empty")
-    labels = [*(tokens if unmask_user else targets)[1:], IGNORE]
-    return Sample(np.array(tokens, np.int16), np.array(labels, np.int16), steps)
+    learned = [0 not in (each.get("weight"), each.get("train")) for each in messages if each["role"] == "assistant"]
+    if not any(learned):
+        raise ValueError("every answer has weight 0")
+    return learned
 
 
-def find_steps(text, at):
-    """[start, end) in bytes of each step of an answer that begins at `at`: runs of lines that are not blank."""
-    steps = []
-    for found in re.finditer(r"(?m)^(.*\S.*\n?)+", text):
-        start = at + len(text[: found.start()].encode())
-        steps.append((start, start + len(found[0].rstrip("\r\n").encode())))
-    return steps
-
-
-def decode(tokens):
-    """The text of tokens, without special ones; invalid UTF-8 becomes U+FFFD."""
-    return bytes(int(token) for token in tokens if token < 256).decode(errors="replace")
-
-
-def read_chats(path, args, training=True):
+def read_chats(path, args, tokenizer):
     """Samples of a file with {"messages": [...]} on every line. Raises DataError that names the line."""
-    chats, bad = [], 0
+    chats, bad = [], collections.Counter()
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                with expecting(CHAT, f"{path}:{number}: no chat"):
-                    if line.strip():
-                        chats.append(encode(json.loads(line)["messages"], args.unmask_user))
-            except DataError:
-                bad += 1
+                if line.strip():
+                    row = json.loads(line.decode("utf-8-sig"))
+                    refuse_unknown("the row", row, "messages")
+                    chats.append(encode(row.get("messages", []), args.unmask_user, tokenizer))
+            except Exception as error:  # of json, of the tokenizer or our own
+                reason = "not UTF-8 text (compressed?)" if isinstance(error, UnicodeDecodeError) else f"{error}"
+                bad[textwrap.shorten(reason, 300)] += 1
                 if not args.skip_bad_chats:
-                    raise
+                    raise DataError(f"{path}:{number}: no chat: {[*bad][0]}, expected {CHAT}") from None
     if bad:
-        say(f"{path}: left out {bad} lines that are no chats")
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in bad.most_common())
+        say(f"{path}: left out {bad.total()} lines that are no chats: {reasons}")
+    if not chats:
+        raise DataError(f"{path}: no chats, expected one on each line")
+    return chats
+
+
+def short_chats(chats, path, args):
+    """Those of at most --max_length tokens. Raises DataError for others in --eval_file."""
+    longest = max(len(sample.tokens) for sample in chats)
     short = [sample for sample in chats if len(sample.tokens) <= args.max_length]
-    if len(short) < len(chats):
-        longest = max(len(sample.tokens) for sample in chats)
-        what = f"{path}: {len(chats) - len(short)} of {len(chats)} chats are longer than --max_length {args.max_length}"
-        if not training:  # leaving them out would raise the scores
+    what = f"{path}: {len(chats) - len(short)} of {len(chats)} chats are longer than --max_length {args.max_length}"
+    if longest > args.max_length:
+        if path == args.eval_file:  # leaving them out would raise the scores
             raise DataError(f"{what}, expected --max_length {longest}, the longest, or a file without them")
         say(f"{what} and left out; the longest has {longest} tokens")
-    if not short:
-        raise DataError(f"{path}: no chats, expected one on each line")
     return short
+
+
+def load_chats(args, tokenizer):
+    """Samples to train on and to validate with. Raises DataError."""
+    path, train, training = args.train_file, [], not (args.eval_only and args.eval_file)
+    if not (path or args.eval_file):
+        return synthetic_dataset(args.seed, args.unmask_user)
+    if path and (training or Path(path).exists()):  # it may be gone by the time of an evaluation
+        train = read_chats(path, args, tokenizer)
+    elif path:
+        say(f"warning: {path} is gone, so nothing tells which validation chats were trained on")
+    if args.eval_file:
+        val = read_chats(args.eval_file, args, tokenizer)
+    else:  # a random tenth, always the same: files are often sorted
+        order = np.random.default_rng(0).permutation(len(train))
+        cut = len(train) // 10 or 1
+        train, val = [train[i] for i in order[cut:]], [train[i] for i in order[:cut]]
+    known = {sample.tokens.tobytes() for sample in train}
+    fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
+    if len(fresh) < len(val):
+        say(f"left out {len(val) - len(fresh)} of {len(val)} validation chats that are in the training data too")
+    train, val = (part and short_chats(part, file, args) for part, file in ((train, path), (fresh, args.eval_file)))
+    if not val or training and not train:
+        raise DataError(f"{args.eval_file or path}: no chat is left to train or evaluate on, expected more")
+    return train, val
 
 
 CHAT = (
@@ -369,79 +619,62 @@ def find_pairs(sample, args):
 def pack(chats, pairs, predictors):
     """One row per chat: the chat, then for each pair the predictor tokens and a copy of the target to encode alone.
 
-                 chat, causal                  pair 1                    pair 2
-        tokens   question, a, blank, b, ...    P0 P1      | b            P0 P1      | c           PAD
-        position 0 1 2 ...                     on from a  | 0 1 2 ...    on from b  | 0 1 2 ...   0
-        segment  0                             1          | 2            3          | 4           -1
-        sees     chat                          chat to a  | itself       chat to b  | itself      itself
+                 chat, causal                    pair 1                    pair 2
+        tokens   question, a, blank, b, ... PAD  P0 P1      | b            P0 P1      | c           PAD
+        position 0 1 2 ...                       on from a  | 0 1 2 ...    on from b  | 0 1 2 ...
+        sees     all before                      chat to a  | itself       chat to b  | itself      itself
 
-    chats: int arrays; pairs: for each chat a list from find_pairs; predictors: K. Returns int64 arrays: tokens [B, T],
-    ends [P, 2], the places of predictions and targets in the flattened rows, and text [P], equal for equal targets; if
-    there is any pair, also positions and segment [B, T] and limit [B, E] (see packed_mask; before the last E tokens all
-    rows hold their chats). Both states equal those of a pass over that text alone; with K = 0 the chat's own state
-    predicts.
+    chats: int arrays; pairs: for each chat a list from find_pairs; predictors: the ids of the predictor tokens, int
+    [K]. Returns int64 arrays: tokens [B, T], ends [P, 2], the places of predictions and targets in the flattened rows,
+    and text [P], equal for equal targets; if there is any pair, also positions [B, T], start and limit [B, E] (see
+    packed_mask) of the E columns after the longest chat. Both states equal those of a pass over that text alone; with
+    K = 0 the chat's own state predicts.
     """
-    K, ends, texts = predictors, [], {}
-    T = max(len(chat) + sum(K + end - start for _, start, end in mine) for chat, mine in zip(chats, pairs))
-    tokens, positions, segments, limits = packed = np.zeros((4, len(chats), T), np.int64)
-    tokens[:], segments[:] = PAD, -1
+    C, K, ends, texts = max(map(len, chats)), len(predictors), [], {}
+    T = C + max(sum(K + end - begin for _, begin, end in mine) for mine in pairs)
+    tokens, positions, starts, limits = packed = np.zeros((4, len(chats), T), np.int64)
+    tokens[:], positions[:], starts[:] = PAD, np.arange(T), np.arange(T)
     for row, (chat, mine) in enumerate(zip(chats, pairs)):
-        at, pieces = len(chat), [(chat, 0, 0)]  # tokens, position of the first, limit
-        for context, start, end in mine:
-            target = chat[start:end]
-            pieces += [(VOCABULARY + np.arange(K), context, context), (target, 0, 0)]
-            prediction, at = at + K if K else context, at + K + len(target)
-            text = texts.setdefault(target.tobytes(), len(texts))  # a number for each text
-            ends.append((row * T + prediction - 1, row * T + at - 1, text))
-        fields = []
-        for segment, (piece, first, limit) in enumerate(pieces):
-            fields.append(np.broadcast_arrays(piece, first + np.arange(len(piece)), segment, limit))
-        packed[:, row, :at] = np.concatenate(fields, axis=1)
+        tokens[row, : len(chat)], at = chat, C
+        for context, begin, end in mine:
+            target, predicts = chat[begin:end], at + K if K else context
+            for piece, first in ((predictors, context), (target, 0)):
+                fields = np.broadcast_arrays(piece, first + np.arange(len(piece)), at, first)
+                packed[:, row, at : at + len(piece)] = fields
+                at += len(piece)
+            ends.append((row * T + predicts - 1, row * T + at - 1, texts.setdefault(target.tobytes(), len(texts))))
     found = np.array(ends, np.int64).reshape(-1, 3)
     batch = {"tokens": tokens, "ends": found[:, :2], "text": found[:, 2]}
     if ends:
-        batch |= {"positions": positions, "segment": segments, "limit": limits[:, min(map(len, chats)) :]}
+        batch |= {"positions": positions, "start": starts[:, C:], "limit": limits[:, C:]}
     return batch
 
 
-def packed_mask(segment, limit):
-    """What the last E tokens of packed rows may attend to: bool [B, 1, E, T]. Built on the device of its inputs.
+def packed_mask(start, limit, T):
+    """What the last E of T tokens of packed rows may attend to: bool [B, 1, E, T]. Built on the device of its inputs.
 
-    segment: int [B, T]; limit: int [B, E]. A token sees its own segment up to itself, and the first `limit` tokens of
-    the row, which belong to the chat. Padding is its own segment: a mask row without any True would give NaN.
+    start, limit: int [B, E]. A token sees its own piece, from `start` up to itself, and the first `limit` tokens of the
+    row, which belong to the chat. Padding sees itself: a mask row without any True would give NaN.
     """
-    at, E = torch.arange(segment.shape[1], device=segment.device), limit.shape[1]
-    own = (segment[:, -E:, None] == segment[:, None, :]) & (at[-E:, None] >= at)  # [B, E, T]
-    return (own | (at < limit[:, :, None]))[:, None]
+    at = torch.arange(T, device=start.device)
+    own = (at >= start[..., None]) & (at <= at[-start.shape[1] :, None])  # [B, E, T]
+    return (own | (at < limit[..., None]))[:, None]
 
 
-def load_chats(args):
-    """Samples to train on and to validate with. Raises DataError."""
-    if not (args.train_file or args.eval_file):
-        return synthetic_dataset(args.seed, args.unmask_user)
-    training, train = not (args.eval_only and args.eval_file), []
-    if args.train_file and (training or Path(args.train_file).exists()):  # it may be gone by the time of an evaluation
-        train = read_chats(args.train_file, args)
-    if args.eval_file:
-        val = read_chats(args.eval_file, args, training=False)
-    else:
-        cut = len(train) // 10 or 1
-        train, val = train[:-cut], train[-cut:]
-    known = {sample.tokens.tobytes() for sample in train}
-    fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
-    if len(fresh) < len(val):
-        say(f"left out {len(val) - len(fresh)} of {len(val)} validation chats that are in the training data too")
-    if not fresh or training and not train:
-        raise DataError(f"{args.eval_file or args.train_file}: no chat is left to train or evaluate on, expected more")
-    return train, fresh
-
-
-def make_data(args, config=None):
+def make_data(args, config):
     """The run's datasets and what the shared part needs to know about them (listed there). Raises DataError."""
-    config = config or Config(args.hidden_size, args.num_layers, args.num_heads, args.predictors)
-    if args.prompt:  # needs no chats
-        return {"config": config, "predict": lambda model: respond(model, args)}
-    train, val = load_chats(args)
+    flags = {name: getattr(args, name) for name in ("hidden_size", "num_layers", "num_heads", "predictors")}
+    config, tokenizer = Config(**flags | config), BYTES
+    if config.files:
+        with expecting("the tokenizer of an -Instruct model (pip install safetensors tokenizers)", "tokenizer files"):
+            tokenizer = Tokenizer(config.files)
+    if 0 < config.sliding_window < args.max_length:
+        raise DataError(f"--max_length {args.max_length}, expected at most sliding_window = {config.sliding_window}")
+    if args.export:
+        return {"config": config, "predict": lambda model: export(model, args.export)}
+    if args.prompt:  # needs no chats to learn
+        return {"config": config, "predict": lambda model: respond(model, args, tokenizer)}
+    train, val = load_chats(args, tokenizer)
     jepa = not args.regular and (args.lbd > 0 or args.force_pairs)
     if jepa and not args.eval_only:
         paired = sum(bool(find_pairs(sample, args)) for sample in train)
@@ -454,7 +687,8 @@ def make_data(args, config=None):
         # Every process and micro-batch of an update draws the same. Without pairs it costs no more than a plain pass.
         if rng and rng.random() >= args.jepa_ratio:
             pairs = [[] for _ in picked]
-        batch = pack([sample.tokens for sample in picked], pairs, config.predictors)
+        ids = config.vocab_size + np.arange(config.predictors)
+        batch = pack([sample.tokens for sample in picked], pairs, ids)
         if args.sigreg and len(batch["ends"]):
             directions = rng.standard_normal((config.hidden_size, 256), np.float32)
             batch["directions"] = directions / np.linalg.norm(directions, axis=0)
@@ -481,7 +715,7 @@ def compute_loss(model, batch, carry, args):
     tokens, at, ends = batch["tokens"], batch["at"], batch["ends"]
     B, similar = len(tokens), {}
     token_share, pair_share = batch["share"]
-    mask = packed_mask(batch["segment"], batch["limit"]) if len(ends) else None
+    mask = packed_mask(batch["start"], batch["limit"], tokens.shape[1]) if len(ends) else None
     h = model(tokens, batch.get("positions"), mask).flatten(0, 1)  # [B * T, D]
     llm_loss = F.cross_entropy(unwrap(model).head(h[at]), batch["next"])
     loss = args.gamma * token_share * llm_loss
@@ -493,10 +727,10 @@ def compute_loss(model, batch, carry, args):
         with torch.autocast(h.device.type, enabled=False):  # bfloat16 could not tell cosines of .99 and .98 apart
             jepa = jepa_loss(predicted, target, args.jepa_loss, batch["text"])
             parts = {"jepa_loss": jepa.detach()}
-            # rms_norm has scaled the views to the length of unit-variance Gaussian vectors. All views of the micro-
-            # batch are tested together, so the value depends on how an update is split, as with infonce's negatives.
+            # Scaled to the length of unit-variance Gaussian vectors. All views of the micro-batch are tested together,
+            # so the value depends on how an update is split, as with infonce's negatives.
             if args.sigreg:
-                spread = sigreg(views.flatten(0, 1), batch["directions"])
+                spread = sigreg(F.rms_norm(views.flatten(0, 1), views.shape[-1:]), batch["directions"])
                 parts["sigreg_loss"] = spread.detach()
                 jepa = jepa + args.sigreg * spread
             similar = cosines(predicted, target, batch["text"])
@@ -514,7 +748,7 @@ def print_debug(batch, llm_loss, similar, args):
     """--debug: what this micro-batch holds; from 5 on also the spread of its cosines. A CPU-GPU sync point."""
     tokens, num_pairs, skipped = batch["tokens"], len(batch["ends"]), int(batch["skipped"])
     B, used = len(tokens), int((tokens != PAD).sum())
-    plain = int((batch["segment"] == 0).sum()) if num_pairs else used
+    plain = int((tokens[:, : -batch["limit"].shape[1]] != PAD).sum()) if num_pairs else used
     say(
         f"[DEBUG Loss] step={batch['step'] + 1}, input_batch={B}, forward_batch={B}, tokens forward={used} "
         f"plain={plain} ({used / plain:.2f}x), padding={1 - used / tokens.numel():.1%}\n"
@@ -535,37 +769,61 @@ def evaluate(model, data, args):
     """
     sums = {}
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
-        tokens, at, right = batch["tokens"], batch["at"], batch["next"]
+        tokens, at, losses, wrong = batch["tokens"], batch["at"], [], []
         with autocast(args):
-            logits = model.head(model(tokens).flatten(0, 1)[at])  # [tokens of the answers, VOCABULARY]
-        loss = F.cross_entropy(logits, right)
+            states = model(tokens).flatten(0, 1)[at]  # [tokens of the answers, D]
+        # In pieces: a table of 128k words makes 3 GB of logits from 32 answers of 200 tokens.
+        for h, right in zip(states.split(512), batch["next"].split(512)):
+            logits = model.head(h)
+            losses.append(F.cross_entropy(logits, right, reduction="sum"))
+            wrong.append(logits.argmax(-1) != right)
+        loss, wrong, row = sum(losses) / len(at), torch.cat(wrong), at // tokens.shape[1]
         add_sums(sums, to_sums({"loss": loss, "llm_loss": loss}, len(at)))
-        wrong, row = logits.argmax(-1) != right, at // tokens.shape[1]
+        end = F.pad(row[1:] != row[:-1], (0, 1), value=True)
         # The end of a prefix does not count: a longer answer begins with the right one.
-        for name, missed in {"exact_match": wrong, "prefix_match": wrong & (right != END)}.items():
+        for name, missed in {"exact_match": wrong, "prefix_match": wrong & ~end}.items():
             add_sums(sums, {name: (len(tokens) - len(row[missed].unique()), len(tokens))})
     return means(sums)
 
 
 @torch.no_grad()
-def generate(model, tokens, max_length):
-    """A Model's greedy continuation of tokens (ints [T]) up to END or max_length tokens, as a list of all of them."""
-    tokens = torch.as_tensor(tokens, device=model.embed.weight.device)[None]
-    while tokens.shape[1] < max_length and tokens[0, -1] != END:  # without a cache: answers are short
+def generate(model, tokens, max_length, end):
+    """A Model's greedy continuation of tokens (ints [T]) up to end or max_length tokens, as a list of all of them."""
+    tokens = torch.as_tensor(tokens, device=model.predictors.device)[None]
+    while tokens.shape[1] < max_length and tokens[0, -1] != end:  # without a cache: answers are short
         following = model.head(model(tokens)[:, -1]).argmax(-1, keepdim=True)  # [1, 1]
         tokens = torch.cat([tokens, following], dim=1)
     return tokens[0].tolist()
 
 
-def respond(model, args):
-    """The answer to --prompt, as text."""
-    turns = {"system": args.system, "user": args.prompt, "assistant": "?"}
-    with expecting("text in UTF-8", "--prompt or --system"):
-        sample = encode([{"role": role, "content": text} for role, text in turns.items() if text])
+def answer(messages, model, args, tokenizer):
+    """The text that the model says after these messages. Raises ValueError."""
+    sample = encode([*messages, {"role": "assistant", "content": "?"}], tokenizer=tokenizer)
     if sample.answer >= args.max_length:
-        raise DataError(f"--prompt: {sample.answer} tokens, expected fewer than --max_length {args.max_length}")
+        raise ValueError(f"{sample.answer} tokens, not fewer than --max_length {args.max_length}")
+    end = sample.labels[sample.labels != IGNORE][-1]
     with autocast(args):
-        return decode(generate(model, sample.tokens[: sample.answer], args.max_length)[sample.answer :])
+        said = generate(model, sample.tokens[: sample.answer], args.max_length, end)
+    if said[-1] != end:
+        print(f"warning: an answer is cut at --max_length {args.max_length}", file=sys.stderr)
+    return tokenizer.decode(said[sample.answer :])
+
+
+def respond(model, args, tokenizer):
+    """The answer to --prompt, as text; with --answers, the last answers to the chats in that file, written there."""
+    if not args.answers:
+        turns = {"system": args.system, "user": args.prompt}
+        with expecting("text in UTF-8", "--prompt or --system"):
+            chat = [{"role": role, "content": text} for role, text in turns.items() if text]
+            return answer(chat, model, args, tokenizer)
+    with open(args.prompt, encoding="utf-8") as chats, open(args.answers, "w", encoding="utf-8") as out:
+        for number, line in enumerate(chats, start=1):
+            with expecting(CHAT, f"{args.prompt}:{number}"):
+                chat = json.loads(line)["messages"]
+                chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
+                chat.append({"role": "assistant", "content": answer(chat, model, args, tokenizer)})
+                out.write(json.dumps({"messages": chat}) + "\n")
+    return f"wrote {args.answers}"
 
 
 def describe(metrics):
@@ -593,15 +851,16 @@ def report(metrics):
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 DATA_FLAGS = ("train_file", "eval_file")
-EVAL_FLAGS = ("prompt", "system", "max_length", "skip_bad_chats")
+EVAL_FLAGS = ("prompt", "answers", "system", "export", "max_length", "skip_bad_chats")
 DEMO = {"num_layers": 2, "sigreg": 0.02, "batch_size": 16, "lr": 3e-3, "max_train_steps": 700}
 DEMO |= {"eval_interval": 100, "eval_samples": 512, "log_interval": 50}
+PUBLISHED = {"lr": 3e-4, "warmup_steps": 20, "weight_decay": 0.0}
 
 
 def add_method_args(parser):
     flag = flag_group(parser, "data")
     flag("--train_file", None, '{"messages": [...]} on every line; without it, a synthetic dataset of word problems')
-    flag("--eval_file", None, "the same, to evaluate on (default: the last tenth of --train_file)")
+    flag("--eval_file", None, "the same, to evaluate on (default: a random tenth of --train_file)")
     flag("--max_length", 1024, "longer chats are left out of training, refused in --eval_file", 8)
     flag("--skip_bad_chats", False, "leave out lines that are no chats, and count them (default: refuse)")
     flag("--unmask_user", False, "supervise every token of a training chat, not only the answers")
@@ -623,8 +882,10 @@ def add_method_args(parser):
     flag("--force_pairs", False, "with --lbd 0: build the pairs nevertheless, for comparison")
     flag("--debug", 0, "1: print what every micro-batch holds; 5: its cosines as well")
     flag = flag_group(parser, "prediction, with --eval_only --out_dir RUN")
-    flag("--prompt", None, "answer one question")
-    flag("--system", None, "the system prompt before it")
+    flag("--prompt", None, "answer one question; with --answers, each chat of this file")
+    flag("--system", None, "the system prompt before the question")
+    flag("--answers", None, "file to write: the chats of --prompt with the model's last answers")
+    flag("--export", None, "folder to make: a fine-tuned published model, for transformers and vLLM")
     parser.set_defaults(lr=2e-3, min_lr_ratio=0.0, warmup_steps=50)
 
 
@@ -636,17 +897,24 @@ def check(args, error):
         error("--gamma 0 without a JEPA loss leaves nothing to learn")
     if args.eval_file and not (args.train_file or args.eval_only):
         error("--eval_file needs --train_file")
-    if (args.prompt or args.system) and not (args.prompt and args.eval_only):
-        error("--prompt, and --system before it, need --eval_only and the --out_dir of a run")
+    if (args.system or args.answers) and not args.prompt:
+        error("--system and --answers need --prompt")
+    if (args.prompt or args.export) and not args.eval_only:
+        error("--prompt and --export need --eval_only and the --out_dir of a run")
+    for name in DATA_FLAGS:  # found from another working directory, too
+        if path := getattr(args, name):
+            setattr(args, name, os.path.abspath(path))
 
 
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
-#   Config; Model(config); to_our_names(weights), which renames published weights
+#   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder) -> what a
+#     published model's folder says of Config, a dict; PUBLISHED: defaults of flags with such a folder
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
 #   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, error): error(text) refuses the flags
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
-#     predict(model) -> text, which replaces the evaluation. The argument config: the checkpoint's, None in a new run
+#     predict(model) -> text, which replaces the evaluation. The argument config: a dict, what a checkpoint or
+#     --init_from says of Config, perhaps empty
 #   compute_loss(model, batch, carry, args) -> loss, sums (see add_sums), carry. The batch holds step and share (see
 #     train). carry: {} at first, then what each row takes along to the next update, tensors [B, ...]
 #   evaluate(model, data, args) -> means, with a "loss"; describe(metrics) -> text of a log line
@@ -826,7 +1094,7 @@ def parse_args():
     flag("--grad_clip", 1.0, "largest gradient norm; 0: no limit")
     flag("--ema_decay", 0.0, "of the averaged weights, which are then the ones evaluated; 0: none", 0, 0.999999)
     flag("--seed", 0, "of the weights, the order and the synthetic dataset", 0, 2**32 - 1)
-    flag("--init_from", None, "start from the weights in this file: a run's best.pt or ckpt.pt, or published ones")
+    flag("--init_from", None, "start from these weights: a run's best.pt or ckpt.pt, a published folder or file")
     flag = flag_group(parser, "machine")
     flag("--device", "auto", "auto (CUDA if there), cpu, cuda, mps, ...")
     flag("--dtype", "auto", "auto: bfloat16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
@@ -854,20 +1122,25 @@ def parse_args():
         checkpoint = load_checkpoint(path)
         parser.set_defaults(**checkpoint["args"])
     elif not args.resume and (folder / "metrics.jsonl").exists():
-        parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
+        parser.error(f"--out_dir {folder} holds a run: --resume continues it, --eval_only uses it")
     elif not getattr(args, DATA_FLAGS[0]):
         parser.set_defaults(**DEMO)
+    source = load_source(args.init_from) if args.init_from and not checkpoint else {"config": {}}
+    shape = {name: value for name, value in source["config"].items() if name in vars(args) and name not in EVAL_FLAGS}
+    parser.set_defaults(**shape, **(PUBLISHED if shape and Path(args.init_from).is_dir() else {}))
     args = parser.parse_args()  # now the command line overrides the defaults set above
     free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if args.eval_only else ())}
-    stored = checkpoint["args"] if checkpoint else {}
+    stored = checkpoint["args"] if checkpoint else shape
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
         if name not in free and value != stored.get(name, value):
-            parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {stored[name]}")
+            what = args.init_from if shape else f"the run in {folder}"
+            parser.error(f"--{name} {value} conflicts with {what}, which has {stored[name]}")
     check(args, parser.error)
     args.out_dir = str(folder)
     args.flags = dict(vars(args))  # with auto unresolved: for the checkpoint and wandb
+    args.source = source
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -885,25 +1158,33 @@ def parse_args():
 
 
 def load_checkpoint(path):
-    """The checkpoint at path (see Run.save), its config as a Config. Raises DataError if it is not this script's."""
+    """The checkpoint at path (see Run.save). Raises DataError if it is not this script's."""
     with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": Config(**checkpoint["config"])}
+        Config(**checkpoint["config"])
+        return checkpoint
 
 
-def load_weights(model, path):
-    """--init_from: the weights of a checkpoint (averaged if there are any), or published ones. Raises DataError."""
-    with expecting("weights of this model (for .safetensors, pip install safetensors)", path):
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # the only use of this package
+def load_source(path):
+    """--init_from: {"model": weights, "config": what comes with them}. Raises DataError.
 
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+    path: a run's checkpoint (its averaged weights if there are any), the folder of a published model, or a file of
+    published weights, without a config.
+    """
+    path, weights = Path(path), {}
+    with expecting("a checkpoint, or a folder or file of published weights (pip install safetensors)", path):
+        for file in sorted(path.glob("model*.safetensors")) or [path]:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                weights |= load_file(file)
+            else:
+                weights = torch.load(file, map_location="cpu", weights_only=True)
+        config = read_folder(path) if path.is_dir() else weights.get("config", {})
         for wrapper in ("ema", "model", "state_dict"):
             weights = weights.get(wrapper) or weights
         bare = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in weights.items()}
-        model.load_state_dict(to_our_names(bare))
+        return {"model": bare, "config": config}
 
 
 # ---- optimizer ----
@@ -940,8 +1221,9 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = self.net = Model(data["config"]).to(args.device)
         self.model.grad_checkpoint = args.grad_checkpoint
-        if args.init_from and not checkpoint:
-            load_weights(self.model, args.init_from)
+        if weights := args.source.get("model"):
+            with expecting("weights of this model", args.init_from):
+                self.model.load_state_dict(to_our_names(weights, self.model))
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay else None
         self.optimizer = make_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "float16")
@@ -1149,7 +1431,7 @@ def launch():
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
-    data = make_data(args, checkpoint and checkpoint["config"])
+    data = make_data(args, (checkpoint or args.source)["config"])
     if not args.eval_only:
         run = Run(args, data, checkpoint)
         say(
@@ -1160,6 +1442,9 @@ def launch():
             return train(run)
     model = Model(data["config"]).to(args.device).eval()
     model.load_state_dict(checkpoint["model"])
+    if RANK == 0:
+        untrained = "" if checkpoint["step"] else "; warning: nothing was learned before the best evaluation"
+        print(f"{args.out_dir}/best.pt of step {checkpoint['step']}{untrained}", file=sys.stderr)
     if "predict" not in data:
         metrics = evaluate(model, data, args)
         say(f"{describe(metrics)}\n{report(metrics)}")
