@@ -90,7 +90,7 @@ class Config:
 
 
 def rotary(positions, config):
-    """RoPE angles of positions [B, T] as cos, signed sin [B, T, 1, d], float32."""
+    """Cosine and sine of RoPE's angles at positions [B, T], each [B, T, 1, d / 2], float32."""
     d, scaling = config.head_dim, config.rope_scaling
     frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device) / d)
     if scaling:  # of Llama 3: what turns seldom within the length of the first training turns more slowly
@@ -99,12 +99,13 @@ def rotary(positions, config):
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
     angles = positions[:, :, None, None] * frequencies
-    return torch.cat([angles, angles], dim=-1).cos(), torch.cat([-angles, angles], dim=-1).sin()
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Half-split rotation of x [B, T, heads, d]: [x1 cos - x2 sin, x2 cos + x1 sin], the signs being in sin."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Rotate x [B, T, heads, d], the first half against the second."""
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
 def attend(q, k, v, mask=None):
@@ -144,7 +145,7 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin, mask=None):
         attn, mlp, x = self.self_attn, self.mlp, self.input_layernorm(h)
-        q, k, v = (project(x).unflatten(-1, (-1, cos.shape[-1])) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (project(x).unflatten(-1, (-1, 2 * cos.shape[-1])) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
         q, k = q.float(), k.float()  # [B, T, heads, d]
         if "q_norm" in attn:
             q, k = attn.q_norm(q), attn.k_norm(k)
@@ -168,13 +169,9 @@ class Model(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.predictors = nn.Parameter(torch.empty(config.predictors, config.hidden_size))
-        # In reverse order: the predictors come last, so the language model is the same for any number of them.
-        for name, p in reversed(list(self.named_parameters())):
-            if p.ndim == 2:
-                std = 0.05 if name in ("embed_tokens.weight", "predictors") else p.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= (2 * config.num_layers) ** 0.5  # residual stream of equal variance at any depth, as in GPT-2
-                nn.init.normal_(p, std=std)
+        # The predictors come last: the language model is the same for any number of them.
+        for table in (self.embed_tokens.weight, self.predictors):
+            nn.init.normal_(table, std=0.05)
 
     def forward(self, tokens, positions=None, mask=None):
         """Final states, after the last norm: [B, T, D].
@@ -341,29 +338,20 @@ def cosines(predicted, target, text):
 class Bytes:
     """The vocabulary without a file: 256 bytes, END, which closes a turn, and a token for each role."""
 
-    END, ROLES = 256, {"system": 257, "user": 258, "assistant": 259}
+    special = "\udbfc\udbfd\udbfe\udbff"  # tokens 256 to 259 in a rendered chat: no valid text has such characters
+    roles = dict(zip(("system", "user", "assistant"), special[1:]))
+
+    def render(self, messages, add_generation_prompt=False):
+        turns = [self.roles[message["role"]] + message["content"] + self.special[0] for message in messages]
+        return "".join(turns) + self.roles["assistant"] * add_generation_prompt
 
     def tokens(self, text):
-        return list(text.encode())
+        special = self.special
+        return [token for c in text for token in ([256 + special.index(c)] if c in special else c.encode())]
 
     def decode(self, ids, special=False):
         """The text of ids. Invalid UTF-8 and, if asked for, special tokens are shown as U+FFFD."""
         return bytes(min(i, 255) for i in ids if special or i < 256).decode(errors="replace")
-
-    def turns(self, messages):
-        """A chat cut at its answers: [(tokens before it, its text, how long what leads into it is, its end)], the rest.
-
-        The end is a token; the rest, tokens after the last one.
-        """
-        turns, before = [], []
-        for message in messages:
-            before.append(self.ROLES[message["role"]])
-            if message["role"] == "assistant":
-                turns.append((before, message["content"], 0, self.END))
-                before = []
-            else:
-                before += [*self.tokens(message["content"]), self.END]
-        return turns, []
 
 
 class Tokenizer:
@@ -391,28 +379,13 @@ class Tokenizer:
         for name in ("bos_token", "eos_token"):
             token = settings.get(name) or ""
             environment.globals[name] = token["content"] if isinstance(token, dict) else token
-        self.template = environment.from_string(template)
+        self.render = environment.from_string(template).render
 
     def tokens(self, text):
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids, special=False):
         return self.inner.decode(list(ids), skip_special_tokens=not special)
-
-    def turns(self, messages):
-        """As Bytes.turns. Raises ValueError if the template hides where an answer begins or ends."""
-        turns, text, done = [], self.template.render(messages=messages), 0
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt = self.template.render(messages=messages[:i], add_generation_prompt=True)
-                content = message["content"] if message["content"] in text[len(prompt) :] else message["content"].strip()
-                lead, _, after = text[len(prompt) :].partition(content)
-                end = max((token for token in self.special if after.startswith(token)), key=len, default=None)
-                if not text.startswith(prompt) or not end or any(token in lead for token in self.special):
-                    raise ValueError(f"the chat template changes message {i + 1} or hides its end")
-                turns.append((self.tokens(text[done : len(prompt)]), lead + content, len(lead), *self.tokens(end)))
-                done = len(text) - len(after) + len(end)
-        return turns, self.tokens(text[done:])
 
 
 BYTES = Bytes()
@@ -438,45 +411,60 @@ class Sample(NamedTuple):
         return len(self.tokens) + sum(end - start for start, end in copies)
 
 
+STEP = re.compile(r"(?m)^(.*\S.*\n?)+")  # lines that are not blank
+
+
 def encode(messages, unmask_user=False, tokenizer=BYTES):
-    """A chat as a Sample: [system,] then user and assistant in turn, as the tokenizer writes them.
+    """A chat as a Sample: [system,] then user and assistant in turn, as the tokenizer renders them.
 
     messages: list of {"role": ..., "content": ...}; "weight": 0 or "train": false masks an answer. The text and the end
     of every other answer are supervised; with unmask_user, every token but the first and masked answers. What follows
-    the last answer to learn is left out. Each step is tokenized alone. Raises ValueError for anything else.
+    the last answer to learn is left out. Each step is tokenized alone. Raises ValueError for anything else, and for a
+    template that hides where an answer begins or ends.
     """
-    learned = check_chat(messages)
-    if messages[0] == {"role": "system", "content": ""}:  # a prompt could not ask for it
+    check_chat(messages)
+    if messages[0]["role"] == "system" and not messages[0]["content"]:  # a prompt could not ask for it
         messages = messages[1:]
-    while not learned[-1]:
-        learned, messages = learned[:-1], messages[:-2]
-    turns, rest = tokenizer.turns(messages)
-    tokens, targets = [], []
+    while messages and not learns(messages[-1]):
+        messages = messages[:-1]
+    text, tokens, targets, steps, done = tokenizer.render(messages=messages), [], [], [], 0
 
-    def add(ids, supervised):
-        span = len(tokens), len(tokens) + len(ids)
+    def add(piece, supervised):
+        first, ids = len(tokens), tokenizer.tokens(piece)
         tokens.extend(ids)
         targets.extend(ids if supervised else [IGNORE] * len(ids))
-        return span
+        return first, len(tokens)
 
-    for (before, text, lead, end), learn in zip(turns, learned):
-        _, answer = add(before, unmask_user)
-        steps, at = [], 0
-        for start, stop in find_steps(text, lead):
-            add(tokenizer.tokens(text[at:start]), learn)
-            steps.append(add(tokenizer.tokens(text[start:stop]), learn))
-            at = stop
-        add([*tokenizer.tokens(text[at:]), end], learn)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = tokenizer.render(messages=messages[:i], add_generation_prompt=True)
+            begin, content = len(prompt), message["content"]
+            content = content if content in text[begin:] else content.strip()  # some templates do that
+            at = text.find(content, begin)
+            stop = at + len(content)
+            end = max((token for token in tokenizer.special if text.startswith(token, stop)), key=len, default="")
+            lead = text[begin:at]  # a space, say
+            if not text.startswith(prompt) or at < 0 or not end or any(token in lead for token in tokenizer.special):
+                raise ValueError(f"the chat template changes message {i + 1} or hides its end")
+            (_, answer), steps, done, learn = add(text[done:begin], unmask_user), [], begin, learns(message)
+            for found in STEP.finditer(text[begin:stop]):
+                first, last = begin + found.start(), begin + found.start() + len(found[0].rstrip("\r\n"))
+                if last > at:  # else the lead alone
+                    add(text[done:first], learn)
+                    steps.append(add(text[first:last], learn))
+                    done = last
+            add(text[done:stop], learn)
+            add(end, learn)
+            done = stop + len(end)
     if not steps:
-        raise ValueError("the last answer is empty")
-    add(rest, False)
+        raise ValueError("no answer to learn, or the last one is empty")
+    add(text[done:], False)
     return Sample(np.array(tokens, np.int32), np.array([*targets[1:], IGNORE], np.int32), steps, answer)
 
 
-def find_steps(text, lead):
-    """[start, end) in text of each step of an answer: runs of lines that are not blank and do not end in the lead."""
-    found = re.finditer(r"(?m)^(.*\S.*\n?)+", text)
-    return [(each.start(), each.start() + len(each[0].rstrip("\r\n"))) for each in found if each.end() > lead]
+def learns(message):
+    """Whether this is an answer to learn."""
+    return message["role"] == "assistant" and {message.get("weight"), message.get("train")} <= {None, 1}
 
 
 HARMLESS = {"id", "name", "source", "dataset", "category", "language", "model", "prompt_id", "metadata", "timestamp"}
@@ -491,21 +479,14 @@ def refuse_unknown(what, fields, *known):
 
 
 def check_chat(messages):
-    """Whether each answer is to be learned, as a list. Raises ValueError."""
+    """Raises ValueError unless these are messages of text, [system,] then user and assistant in turn."""
     for number, message in enumerate(messages, start=1):
         refuse_unknown(f"message {number}", message, "role", "content", "weight", "train")
         if not isinstance(content := message.get("content"), str):
             raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")
-        if not {message.get("weight"), message.get("train")} <= {None, 0, 1}:
-            raise ValueError(f"message {number} has a weight that is not 0 or 1")
-    roles = [message.get("role") for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(roles) // 2):
+    roles, (turns, odd) = [message.get("role") for message in messages], divmod(len(messages), 2)
+    if not turns or roles != ["system"] * odd + ["user", "assistant"] * turns:
         raise ValueError(f"roles {', '.join(map(repr, roles)) or 'none'}")
-    learned = [0 not in (each.get("weight"), each.get("train")) for each in messages if each["role"] == "assistant"]
-    if not any(learned):
-        raise ValueError("every answer has weight 0")
-    return learned
 
 
 def read_chats(path, args, tokenizer):
@@ -519,10 +500,10 @@ def read_chats(path, args, tokenizer):
                     refuse_unknown("the row", row, "messages")
                     chats.append(encode(row.get("messages", []), args.unmask_user, tokenizer))
             except Exception as error:  # of json, of the tokenizer or our own
-                reason = "not UTF-8 text (compressed?)" if isinstance(error, UnicodeDecodeError) else f"{error}"
-                bad[textwrap.shorten(reason, 300)] += 1
+                reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else textwrap.shorten(f"{error}", 300)
                 if not args.skip_bad_chats:
-                    raise DataError(f"{path}:{number}: no chat: {[*bad][0]}, expected {CHAT}") from None
+                    raise DataError(f"{path}:{number}: no chat: {reason}, expected {CHAT}") from None
+                bad[reason] += 1
     if bad:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in bad.most_common())
         say(f"{path}: left out {bad.total()} lines that are no chats: {reasons}")
@@ -533,7 +514,7 @@ def read_chats(path, args, tokenizer):
 
 def short_chats(chats, path, args):
     """Those of at most --max_length tokens. Raises DataError for others in --eval_file."""
-    longest = max(len(sample.tokens) for sample in chats)
+    longest = max((len(sample.tokens) for sample in chats), default=0)
     short = [sample for sample in chats if len(sample.tokens) <= args.max_length]
     what = f"{path}: {len(chats) - len(short)} of {len(chats)} chats are longer than --max_length {args.max_length}"
     if longest > args.max_length:
@@ -545,13 +526,13 @@ def short_chats(chats, path, args):
 
 def load_chats(args, tokenizer):
     """Samples to train on and to validate with. Raises DataError."""
-    path, train, training = args.train_file, [], not (args.eval_only and args.eval_file)
+    path, train = args.train_file, []
     if not (path or args.eval_file):
         return synthetic_dataset(args.seed, args.unmask_user)
-    if path and (training or Path(path).exists()):  # it may be gone by the time of an evaluation
-        train = read_chats(path, args, tokenizer)
-    elif path:
+    if path and args.eval_only and args.eval_file and not Path(path).exists():
         say(f"warning: {path} is gone, so nothing tells which validation chats were trained on")
+    elif path:
+        train = read_chats(path, args, tokenizer)
     if args.eval_file:
         val = read_chats(args.eval_file, args, tokenizer)
     else:  # a random tenth, always the same: files are often sorted
@@ -562,8 +543,8 @@ def load_chats(args, tokenizer):
     fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
     if len(fresh) < len(val):
         say(f"left out {len(val) - len(fresh)} of {len(val)} validation chats that are in the training data too")
-    train, val = (part and short_chats(part, file, args) for part, file in ((train, path), (fresh, args.eval_file)))
-    if not val or training and not train:
+    train, val = short_chats(train, path, args), short_chats(fresh, args.eval_file or path, args)
+    if not val or not (train or args.eval_only):
         raise DataError(f"{args.eval_file or path}: no chat is left to train or evaluate on, expected more")
     return train, val
 
