@@ -1,13 +1,14 @@
-"""LLM-JEPA over bytes: predict the next token, and the embedding of the answer's next step.
+"""LLM-JEPA: a language model that predicts the next token, and the embedding of the answer's next step.
 
-A small decoder learns chats. Besides the usual loss on the assistant's tokens, a few predictor tokens after a step of
-the answer learn to predict the embedding of the next step, encoded alone (LLM-JEPA, arXiv 2509.14252). One packed row
-holds the chat, the predictor tokens and the steps to encode alone, so a single forward pass computes both losses at 1.2
-to 1.3 times the plain cost. Without pairs (--regular or --lbd 0: the same run, bit for bit) it is the plain pass.
+A small decoder over bytes, or a published model (Llama, Mistral, Qwen, SmolLM), learns chats. Besides the usual loss on
+the assistant's tokens, a few predictor tokens after a step of the answer learn to predict the embedding of the next
+step, encoded alone (LLM-JEPA, arXiv 2509.14252). One packed row holds the chat, the predictor tokens and the steps to
+encode alone, so a single forward pass computes both losses at 1.2 to 1.3 times the plain cost. Without pairs (--regular
+or --lbd 0: the same run, bit for bit) it is the plain pass.
 
   python jepa_lm.py                                                            # laptop, 1 to 2 minutes
-  python jepa_lm.py --train_file train.jsonl --eval_file test.jsonl            # your chats, any GPU
-  torchrun --nproc_per_node 8 jepa_lm.py --train_file train.jsonl --eval_file test.jsonl     # many GPUs
+  python jepa_lm.py --init_from MODEL --train_file train.jsonl --eval_file test.jsonl --view_based_jepa   # any GPU
+  torchrun --nproc_per_node 8 jepa_lm.py --train_file train.jsonl --eval_file test.jsonl                  # many GPUs
 
 Without --train_file it learns a synthetic dataset of word problems. The first command's last lines, seed 0:
 
@@ -19,8 +20,8 @@ Without --train_file it learns a synthetic dataset of word problems. The first c
 """
 
 import argparse
-import contextlib
 import collections
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -145,7 +146,9 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin, mask=None):
         attn, mlp, x = self.self_attn, self.mlp, self.input_layernorm(h)
-        q, k, v = (project(x).unflatten(-1, (-1, 2 * cos.shape[-1])) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (
+            project(x).unflatten(-1, (-1, 2 * cos.shape[-1])) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
         q, k = q.float(), k.float()  # [B, T, heads, d]
         if "q_norm" in attn:
             q, k = attn.q_norm(q), attn.k_norm(k)
@@ -221,7 +224,9 @@ def read_folder(folder):
     config = {"rope_type": rope.get("type", "default")} | config | rope
     for name, known in SUPPORTED.items():
         if config.get(name, known[0]) not in known:
-            raise DataError(f"{folder}/config.json: {name} is {config[name]!r}, expected {' or '.join(map(str, known))}")
+            raise DataError(
+                f"{folder}/config.json: {name} is {config[name]!r}, expected {' or '.join(map(str, known))}"
+            )
     kind, bias = config["model_type"], config.get("attention_bias", False)
     if kind != "mistral" and not config.get("use_sliding_window"):
         config["sliding_window"] = 0
@@ -264,9 +269,9 @@ def export(model, folder):
     from safetensors.torch import save_file
 
     os.makedirs(folder)
-    names = {name: name if name == "lm_head.weight" else f"model.{name}" for name in model.state_dict()}
-    del names["predictors"]
-    save_file({names[name]: model.state_dict()[name] for name in names}, f"{folder}/model.safetensors", {"format": "pt"})
+    weights = {"model." * (name != "lm_head.weight") + name: weight for name, weight in model.state_dict().items()}
+    del weights["model.predictors"]
+    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
     config = json.loads(files["config.json"]) | {"torch_dtype": "float32", "dtype": "float32"}
     files = files | {"config.json": json.dumps(config, indent=2)}
     for name in files.keys() & FILES:
@@ -411,7 +416,8 @@ class Sample(NamedTuple):
         return len(self.tokens) + sum(end - start for start, end in copies)
 
 
-STEP = re.compile(r"(?m)^(.*\S.*\n?)+")  # lines that are not blank
+# Between two steps: blank lines. And the white space around an answer.
+GAP = re.compile(r"(\s*\n[^\S\n]*\n(?:[^\S\n]*\n)*|\A\s*\n|\s+\Z)")
 
 
 def encode(messages, unmask_user=False, tokenizer=BYTES):
@@ -438,22 +444,18 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = tokenizer.render(messages=messages[:i], add_generation_prompt=True)
-            begin, content = len(prompt), message["content"]
+            begin, content, learn = len(prompt), message["content"], learns(message)
             content = content if content in text[begin:] else content.strip()  # some templates do that
-            at = text.find(content, begin)
+            at = text.find(content, begin)  # some put a space before it, some an empty thought
             stop = at + len(content)
             end = max((token for token in tokenizer.special if text.startswith(token, stop)), key=len, default="")
-            lead = text[begin:at]  # a space, say
-            if not text.startswith(prompt) or at < 0 or not end or any(token in lead for token in tokenizer.special):
+            hidden = any(token in text[begin:at] for token in tokenizer.special)
+            if hidden or not text.startswith(prompt) or at < 0 or not end:
                 raise ValueError(f"the chat template changes message {i + 1} or hides its end")
-            (_, answer), steps, done, learn = add(text[done:begin], unmask_user), [], begin, learns(message)
-            for found in STEP.finditer(text[begin:stop]):
-                first, last = begin + found.start(), begin + found.start() + len(found[0].rstrip("\r\n"))
-                if last > at:  # else the lead alone
-                    add(text[done:first], learn)
-                    steps.append(add(text[first:last], learn))
-                    done = last
-            add(text[done:stop], learn)
+            line = text.rfind("\n", begin, at) + 1 or begin
+            (_, answer), _ = add(text[done:begin], unmask_user), add(text[begin:line], learn)
+            spans = [add(piece, learn) for piece in GAP.split(text[line:stop])]
+            steps = [(first, last) for first, last in spans[::2] if first < last]
             add(end, learn)
             done = stop + len(end)
     if not steps:
@@ -500,7 +502,9 @@ def read_chats(path, args, tokenizer):
                     refuse_unknown("the row", row, "messages")
                     chats.append(encode(row.get("messages", []), args.unmask_user, tokenizer))
             except Exception as error:  # of json, of the tokenizer or our own
-                reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else textwrap.shorten(f"{error}", 300)
+                reason = (
+                    "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else textwrap.shorten(f"{error}", 300)
+                )
                 if not args.skip_bad_chats:
                     raise DataError(f"{path}:{number}: no chat: {reason}, expected {CHAT}") from None
                 bad[reason] += 1
@@ -750,16 +754,16 @@ def evaluate(model, data, args):
     """
     sums = {}
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
-        tokens, at, losses, wrong = batch["tokens"], batch["at"], [], []
+        tokens, at = batch["tokens"], batch["at"]
         with autocast(args):
             states = model(tokens).flatten(0, 1)[at]  # [tokens of the answers, D]
-        # In pieces: a table of 128k words makes 3 GB of logits from 32 answers of 200 tokens.
-        for h, right in zip(states.split(512), batch["next"].split(512)):
+        scored = []
+        for h, right in zip(states.split(512), batch["next"].split(512)):  # 128k words: 3 GB for 32 answers of 200
             logits = model.head(h)
-            losses.append(F.cross_entropy(logits, right, reduction="sum"))
-            wrong.append(logits.argmax(-1) != right)
-        loss, wrong, row = sum(losses) / len(at), torch.cat(wrong), at // tokens.shape[1]
-        add_sums(sums, to_sums({"loss": loss, "llm_loss": loss}, len(at)))
+            scored.append((F.cross_entropy(logits, right, reduction="none"), logits.argmax(-1) != right))
+        losses, wrong = map(torch.cat, zip(*scored))
+        add_sums(sums, to_sums({"loss": losses.mean(), "llm_loss": losses.mean()}, len(at)))
+        row = at // tokens.shape[1]
         end = F.pad(row[1:] != row[:-1], (0, 1), value=True)
         # The end of a prefix does not count: a longer answer begins with the right one.
         for name, missed in {"exact_match": wrong, "prefix_match": wrong & ~end}.items():
@@ -777,32 +781,30 @@ def generate(model, tokens, max_length, end):
     return tokens[0].tolist()
 
 
-def answer(messages, model, args, tokenizer):
-    """The text that the model says after these messages. Raises ValueError."""
-    sample = encode([*messages, {"role": "assistant", "content": "?"}], tokenizer=tokenizer)
-    if sample.answer >= args.max_length:
-        raise ValueError(f"{sample.answer} tokens, not fewer than --max_length {args.max_length}")
-    end = sample.labels[sample.labels != IGNORE][-1]
-    with autocast(args):
-        said = generate(model, sample.tokens[: sample.answer], args.max_length, end)
-    if said[-1] != end:
-        print(f"warning: an answer is cut at --max_length {args.max_length}", file=sys.stderr)
-    return tokenizer.decode(said[sample.answer :])
-
-
 def respond(model, args, tokenizer):
     """The answer to --prompt, as text; with --answers, the last answers to the chats in that file, written there."""
+
+    def answer(chat):
+        sample = encode([*chat, {"role": "assistant", "content": "?"}], tokenizer=tokenizer)
+        end = sample.labels[sample.labels != IGNORE][-1]
+        if sample.answer >= args.max_length:
+            raise ValueError(f"{sample.answer} tokens, not fewer than --max_length {args.max_length}")
+        with autocast(args):
+            said = generate(model, sample.tokens[: sample.answer], args.max_length, end)
+        if said[-1] != end:
+            print(f"warning: an answer is cut at --max_length {args.max_length}", file=sys.stderr)
+        return tokenizer.decode(said[sample.answer :])
+
     if not args.answers:
         turns = {"system": args.system, "user": args.prompt}
         with expecting("text in UTF-8", "--prompt or --system"):
-            chat = [{"role": role, "content": text} for role, text in turns.items() if text]
-            return answer(chat, model, args, tokenizer)
-    with open(args.prompt, encoding="utf-8") as chats, open(args.answers, "w", encoding="utf-8") as out:
+            return answer([{"role": role, "content": text} for role, text in turns.items() if text])
+    with open(args.prompt, "rb") as chats, open(args.answers, "w", encoding="utf-8") as out:
         for number, line in enumerate(chats, start=1):
             with expecting(CHAT, f"{args.prompt}:{number}"):
                 chat = json.loads(line)["messages"]
-                chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-                chat.append({"role": "assistant", "content": answer(chat, model, args, tokenizer)})
+                chat = chat[: len(chat) - (chat[-1]["role"] == "assistant")]
+                chat.append({"role": "assistant", "content": answer(chat)})
                 out.write(json.dumps({"messages": chat}) + "\n")
     return f"wrote {args.answers}"
 
@@ -838,10 +840,24 @@ DEMO |= {"eval_interval": 100, "eval_samples": 512, "log_interval": 50}
 PUBLISHED = {"lr": 3e-4, "warmup_steps": 20, "weight_decay": 0.0}
 
 
+class Once(argparse.Action):
+    """A second file would replace the first without a word."""
+
+    def __call__(self, parser, namespace, value, option):
+        if getattr(namespace, self.dest) != self.default:
+            parser.error(f"{option} is given twice, expected one file")
+        setattr(namespace, self.dest, value)
+
+
 def add_method_args(parser):
     flag = flag_group(parser, "data")
-    flag("--train_file", None, '{"messages": [...]} on every line; without it, a synthetic dataset of word problems')
-    flag("--eval_file", None, "the same, to evaluate on (default: a random tenth of --train_file)")
+    flag(
+        "--train_file",
+        None,
+        '{"messages": [...]} on every line; without it, a synthetic dataset of word problems',
+        action=Once,
+    )
+    flag("--eval_file", None, "the same, to evaluate on (default: a random tenth of --train_file)", action=Once)
     flag("--max_length", 1024, "longer chats are left out of training, refused in --eval_file", 8)
     flag("--skip_bad_chats", False, "leave out lines that are no chats, and count them (default: refuse)")
     flag("--unmask_user", False, "supervise every token of a training chat, not only the answers")
@@ -870,8 +886,8 @@ def add_method_args(parser):
     parser.set_defaults(lr=2e-3, min_lr_ratio=0.0, warmup_steps=50)
 
 
-def check(args, error):
-    """Refuse flags that make no sense together."""
+def check(args, given, error):
+    """Refuse flags that make no sense together. given: those of the command line alone."""
     if args.jepa_loss == "infonce" and args.batch_size == 1:
         error("--jepa_loss infonce needs --batch_size 2 or more: other pairs of a micro-batch are negatives")
     if args.gamma == 0 and (args.regular or args.lbd == 0):
@@ -880,8 +896,8 @@ def check(args, error):
         error("--eval_file needs --train_file")
     if (args.system or args.answers) and not args.prompt:
         error("--system and --answers need --prompt")
-    if (args.prompt or args.export) and not args.eval_only:
-        error("--prompt and --export need --eval_only and the --out_dir of a run")
+    if (args.prompt or args.export) and (given.eval_file or not args.eval_only):
+        error("--prompt and --export need --eval_only and the --out_dir of a run, and no --eval_file")
     for name in DATA_FLAGS:  # found from another working directory, too
         if path := getattr(args, name):
             setattr(args, name, os.path.abspath(path))
@@ -892,7 +908,7 @@ def check(args, error):
 #   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder) -> what a
 #     published model's folder says of Config, a dict; PUBLISHED: defaults of flags with such a folder
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
-#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, error): error(text) refuses the flags
+#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), error(text) refusing them
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
 #     predict(model) -> text, which replaces the evaluation. The argument config: a dict, what a checkpoint or
 #     --init_from says of Config, perhaps empty
@@ -1109,7 +1125,7 @@ def parse_args():
     source = load_source(args.init_from) if args.init_from and not checkpoint else {"config": {}}
     shape = {name: value for name, value in source["config"].items() if name in vars(args) and name not in EVAL_FLAGS}
     parser.set_defaults(**shape, **(PUBLISHED if shape and Path(args.init_from).is_dir() else {}))
-    args = parser.parse_args()  # now the command line overrides the defaults set above
+    given, args = args, parser.parse_args()  # now the command line overrides the defaults set above
     free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if args.eval_only else ())}
     stored = checkpoint["args"] if checkpoint else shape
     for name, value in vars(args).items():
@@ -1118,7 +1134,7 @@ def parse_args():
         if name not in free and value != stored.get(name, value):
             what = args.init_from if shape else f"the run in {folder}"
             parser.error(f"--{name} {value} conflicts with {what}, which has {stored[name]}")
-    check(args, parser.error)
+    check(args, given, parser.error)
     args.out_dir = str(folder)
     args.flags = dict(vars(args))  # with auto unresolved: for the checkpoint and wandb
     args.source = source
