@@ -1,13 +1,14 @@
-"""LLM-JEPA over bytes: predict the next token, and the embedding of the answer's next step.
+"""LLM-JEPA: a language model that predicts the next token, and the embedding of the answer's next step.
 
-A small decoder learns chats. Besides the usual loss on the assistant's tokens, a few predictor tokens after a step of
-the answer learn to predict the embedding of the next step, encoded alone (LLM-JEPA, arXiv 2509.14252). One packed row
-holds the chat, the predictor tokens and the steps to encode alone, so a single forward pass computes both losses at 1.2
-to 1.3 times the plain cost. Without pairs (--regular or --lbd 0: the same run, bit for bit) it is the plain pass.
+A small decoder over bytes, or a published model (Llama, Mistral, Qwen, SmolLM), learns chats. Besides the usual loss on
+the assistant's tokens, a few predictor tokens after a step of the answer learn to predict the embedding of the next
+step, encoded alone (LLM-JEPA, arXiv 2509.14252). One packed row holds the chat, the predictor tokens and the steps to
+encode alone, so a single forward pass computes both losses at 1.2 to 1.3 times the plain cost. Without pairs (--regular
+or --lbd 0: the same run, bit for bit) it is the plain pass.
 
   python jepa_lm.py                                                            # laptop, 1 to 2 minutes
-  python jepa_lm.py --train_file train.jsonl --eval_file test.jsonl            # your chats, any GPU
-  torchrun --nproc_per_node 8 jepa_lm.py --train_file train.jsonl --eval_file test.jsonl     # many GPUs
+  python jepa_lm.py --init_from MODEL --train_file train.jsonl --eval_file test.jsonl --view_based_jepa   # any GPU
+  torchrun --nproc_per_node 8 jepa_lm.py --train_file train.jsonl --eval_file test.jsonl                  # many GPUs
 
 Without --train_file it learns a synthetic dataset of word problems. The first command's last lines, seed 0:
 
@@ -19,12 +20,12 @@ Without --train_file it learns a synthetic dataset of word problems. The first c
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import math
 import os
@@ -51,9 +52,8 @@ except ImportError as error:
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
-PAD, END, SYSTEM, USER, ASSISTANT, VOCABULARY = range(256, 262)  # after the 256 bytes; END closes a turn
-ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 IGNORE = -100  # label of a position without a loss
+PAD = -1  # fills rows up
 
 
 @dataclasses.dataclass
@@ -64,31 +64,47 @@ class Config:
     num_layers: int = 4
     num_heads: int = 8
     predictors: int = 2  # predictor tokens; their ids follow the vocabulary
+    # What follows comes from a published model's folder; these are the byte model's.
+    vocab_size: int = 260
+    num_key_value_heads: int = 0  # 0: num_heads
+    head_dim: int = 0  # 0: hidden_size / num_heads
+    intermediate_size: int = 0  # 0: 8/3 hidden_size; with SwiGLU's three matrices the size of a plain network's 4
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # the numbers of Llama 3's
+    qkv_bias: bool = False
+    o_bias: bool = False
+    head_norm: bool = True  # RMSNorm of each query and key
+    tie_word_embeddings: bool = True  # the head is the embedding table
+    sliding_window: int = 0  # attention would reach no further; 0: no limit
+    files: dict | None = None  # of that folder: name -> text
 
     def __post_init__(self):
-        if self.hidden_size % (2 * self.num_heads):
-            multiple = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
-            raise DataError(f"hidden_size is {self.hidden_size}, expected {multiple}")
+        D, heads = self.hidden_size, self.num_heads
+        if not self.head_dim and D % (2 * heads):
+            raise DataError(f"hidden_size is {D}, expected a multiple of 2 * num_heads = {2 * heads}")
+        self.head_dim = self.head_dim or D // heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.intermediate_size = self.intermediate_size or math.ceil(8 / 3 * D / 64) * 64
 
 
-def rms_norm(x):
-    """x / rms(x), computed in float32, without a gain. x: [..., D] of any float dtype."""
-    x32 = x.float()
-    mean_square = x32.norm(dim=-1, keepdim=True).square() / x.shape[-1]  # a third faster than x32.square().mean(-1)
-    return (x32 * torch.rsqrt(mean_square + 1e-5)).to(x.dtype)
-
-
-def rotary(positions, d):
-    """RoPE angles of positions [B, T] as cos, signed sin [B, T, 1, 1, d], float32."""
-    frequencies = 10000.0 ** (-torch.arange(0, d, 2, device=positions.device) / d)
-    angles = positions[:, :, None, None, None] * frequencies
-    return torch.cat([angles, angles], dim=-1).cos(), torch.cat([-angles, angles], dim=-1).sin()
+def rotary(positions, config):
+    """Cosine and sine of RoPE's angles at positions [B, T], each [B, T, 1, d / 2], float32."""
+    d, scaling = config.head_dim, config.rope_scaling
+    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device) / d)
+    if scaling:  # of Llama 3: what turns seldom within the length of the first training turns more slowly
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
+    angles = positions[:, :, None, None] * frequencies
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Half-split rotation of x [B, T, 2, heads, d], in float32: [x1 cos - x2 sin, x2 cos + x1 sin], signs in sin."""
-    x32 = x.float()
-    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    """Rotate x [B, T, heads, d], the first half against the second."""
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
 def attend(q, k, v, mask=None):
@@ -103,76 +119,158 @@ def attend(q, k, v, mask=None):
     return torch.cat([causal, F.scaled_dot_product_attention(q[:, :, n:], k, v, mask)], dim=2)
 
 
+def linears(**sizes):
+    """nn.Linear layers by name; sizes: (inputs, outputs, bias)."""
+    return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block without biases: h = h + Attention(n(h)); h = h + SwiGLU(n(h)); q and k normed too."""
+    """The transformer block of Llama, Mistral and Qwen, in their names.
+
+    h = h + o(attend(rope(norm(q(n(h)))), rope(norm(k(n(h)))), v(n(h)))); h = h + down(silu(gate(n(h))) * up(n(h)))
+    """
 
     def __init__(self, config):
         super().__init__()
-        D = config.hidden_size
-        inner = math.ceil(8 / 3 * D / 64) * 64  # SwiGLU has three matrices; 8/3 D keeps the parameter count of 4 D
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(D, 3 * D, bias=False)
-        self.o = nn.Linear(D, D, bias=False)
-        self.gate_up = nn.Linear(D, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, D, bias=False)
+        D, d, inner, eps = config.hidden_size, config.head_dim, config.intermediate_size, config.rms_norm_eps
+        heads, keys, bias = config.num_heads * d, config.num_key_value_heads * d, config.qkv_bias
+        self.input_layernorm = nn.RMSNorm(D, eps)
+        self.self_attn = linears(
+            q_proj=(D, heads, bias), k_proj=(D, keys, bias), v_proj=(D, keys, bias), o_proj=(heads, D, config.o_bias)
+        )
+        for name in ("q_norm", "k_norm"):
+            self.self_attn[name] = nn.RMSNorm(d, eps) if config.head_norm else nn.Identity()
+        self.post_attention_layernorm = nn.RMSNorm(D, eps)
+        self.mlp = linears(gate_proj=(D, inner, False), up_proj=(D, inner, False), down_proj=(inner, D, False))
 
     def forward(self, h, cos, sin, mask=None):
-        B, T, D = h.shape
-        qk, v = self.qkv(rms_norm(h)).split([2 * D, D], dim=-1)
-        qk = rotate(rms_norm(qk.view(B, T, 2, self.num_heads, -1)), cos, sin)  # [B, T, 2, heads, d]
-        q, k = qk.transpose(1, 3).unbind(2)  # each [B, heads, T, d]
-        v = v.view(B, T, self.num_heads, -1).transpose(1, 2)  # [B, heads, T, d]
-        h = h + self.o(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, D))  # [B, heads, T, d] -> [B, T, D]
-        gate, up = self.gate_up(rms_norm(h)).chunk(2, dim=-1)
-        return h + self.down(F.silu(gate) * up)
+        attn, mlp, x = self.self_attn, self.mlp, self.input_layernorm(h)
+        d = 2 * cos.shape[-1]
+        q, k, v = (project(x).unflatten(-1, (-1, d)) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = rotate(attn.q_norm(q.float()), cos, sin), rotate(attn.k_norm(k.float()), cos, sin)  # [B, T, heads, d]
+        group = q.shape[2] // k.shape[2]  # queries that share a key
+        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+        h = h + attn.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        x = self.post_attention_layernorm(h)
+        return h + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
 class Model(nn.Module):
-    """A decoder over bytes and special tokens; input and output embeddings are tied."""
+    """A decoder-only language model."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False
-        self.embed = nn.Embedding(VOCABULARY, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.predictors = nn.Parameter(torch.empty(config.predictors, config.hidden_size))
-        # In reverse order: the predictors come last, so the language model is the same for any number of them.
-        for name, p in reversed(list(self.named_parameters())):
-            std = 0.05 if name in ("embed.weight", "predictors") else p.shape[1] ** -0.5
-            if name.endswith(("o.weight", "down.weight")):
-                std /= (2 * config.num_layers) ** 0.5  # residual stream of equal variance at any depth, as in GPT-2
-            nn.init.normal_(p, std=std)
+        # The predictors come last: the language model is the same for any number of them.
+        for table in (self.embed_tokens.weight, self.predictors):
+            nn.init.normal_(table, std=0.05)
 
     def forward(self, tokens, positions=None, mask=None):
         """Final states, after the last norm: [B, T, D].
 
-        tokens: [B, T] of any integer dtype; predictor k has id VOCABULARY + k. positions: int64 [B, T]; None: 0, 1, ...
+        tokens: [B, T] of any integer dtype; predictor k has id vocab_size + k. positions: int64 [B, T]; None: 0, 1, ...
         mask: bool [B, 1, E, T], True where one of the last E tokens may attend to a token; all others are causal.
         """
-        config = self.config
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        cos, sin = rotary(positions, config.hidden_size // config.num_heads)
-        # One table in every pass: DistributedDataParallel needs a gradient, even if zero, for every parameter.
-        h = F.embedding(tokens.long(), torch.cat([self.embed.weight, self.predictors]))
+        cos, sin = rotary(positions, self.config)
+        tokens, words = tokens.long(), self.config.vocab_size
+        h = self.embed_tokens(tokens.clamp(0, words - 1))
+        if len(self.predictors):  # looked up in every pass: DistributedDataParallel needs a gradient, even if zero
+            predictor = F.embedding((tokens - words).clamp(0), self.predictors)
+            h = torch.where(tokens[..., None] < words, h, predictor)
         for block in self.layers:
             # Backward starts with the last block: recomputing it would save no memory.
             if self.grad_checkpoint and torch.is_grad_enabled() and block is not self.layers[-1]:
                 h = checkpoint(block, h, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, cos, sin, mask)
-        return rms_norm(h)
+        return self.norm(h)
 
     def head(self, h):
-        """Logits [..., VOCABULARY] of final states [..., D], in float32: bfloat16 has ties for the best."""
+        """Logits [..., vocab_size] of final states [..., D], in float32: bfloat16 has ties for the best."""
+        table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), self.embed.weight.float())
+            return F.linear(h.float(), table.weight.float())
 
 
-def to_our_names(weights):
-    """For --init_from: nobody has published weights for this model, and its own keep their names."""
+# ---- published models -----------------------------------------------------------------------------------------------
+
+FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+SUPPORTED = {
+    "model_type": ("llama", "mistral", "qwen2", "qwen3"),
+    "hidden_act": ("silu",),
+    "rope_type": ("default", "llama3"),
+    "partial_rotary_factor": (1,),
+    "mlp_bias": (False,),
+}
+
+
+def read_folder(folder):
+    """What the folder of a published model says of our Config, as a dict. Raises DataError for what we do not have."""
+    files = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name in FILES}
+    config = {"tie_word_embeddings": False} | json.loads(files["config.json"])
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    config |= {"rope_type": rope.get("type", "default")} | rope
+    for name, known in SUPPORTED.items():
+        if (value := config.get(name, known[0])) not in known:
+            raise DataError(f"{folder}/config.json: {name} is {value!r}, expected one of {known}")
+    kind, bias = config["model_type"], config.get("attention_bias", False)
+    if kind != "mistral" and not config.get("use_sliding_window"):
+        config["sliding_window"] = 0
+    config |= {
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "rope_scaling": rope if config["rope_type"] == "llama3" else None,
+        "qkv_bias": bias or kind == "qwen2",
+        "o_bias": bias and kind != "qwen2",
+        "head_norm": kind == "qwen3",
+        # A chat template may ask for the date: chats of a resumed run must not change.
+        "files": files | {"date": f"{datetime.date.today()}"},
+    }
+    return {name: config[name] for name in Config.__dataclass_fields__ if config.get(name) is not None}
+
+
+def to_our_names(weights, model):
+    """The names are ours. Predictors, which a published model lacks, are drawn with the spread of its embeddings."""
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    if "predictors" not in weights:
+        std = weights["embed_tokens.weight"].float().std().item()
+        weights["predictors"] = nn.init.normal_(torch.empty_like(model.predictors), std=std)
     return weights
+
+
+def from_pretrained(folder, predictors=2):
+    """The Model in a published folder. Raises DataError."""
+    source = load_weights(folder)
+    model = Model(Config(**source["config"], predictors=predictors))
+    model.load_state_dict(to_our_names(source["weights"], model))
+    return model
+
+
+def export(model, args, tokenizer):
+    """Write --export, a folder for transformers, vLLM and --init_from; returns a line to print. Raises DataError."""
+    files, folder = model.config.files, Path(args.export)
+    if not files:
+        raise DataError("--export: the byte model has no published form, expected a run that began with a folder")
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    weights = {"model." * (name != "lm_head.weight") + name: weight for name, weight in model.state_dict().items()}
+    del weights["model.predictors"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads(files["config.json"]) | {"torch_dtype": "float32", "dtype": "float32"}
+    for name in files.keys() & FILES:
+        (folder / name).write_text(json.dumps(config) if name == "config.json" else files[name], "utf-8")
+    return f"wrote {folder}"
 
 
 # ---- the losses: the part people copy -------------------------------------------------------------------------------
@@ -198,8 +296,7 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
         logits = p_unit @ t_unit.T / 0.07  # [P, P]
         own = torch.arange(len(p), device=p.device)
         if text is not None:
-            twin = (text[:, None] == text) & (own[:, None] != own)
-            logits = logits.masked_fill(twin, float("-inf"))
+            logits = logits.masked_fill((text[:, None] == text).fill_diagonal_(False), -math.inf)
         distance = F.cross_entropy(logits, own, reduction="none")
     else:
         raise ValueError(f"unknown loss {kind!r}, expected cosine, mse, l2 or infonce")
@@ -228,94 +325,222 @@ def cosines(predicted, target, text):
     Of each prediction with its own target, with targets of other texts, and between targets of different texts. text:
     int [P], equal for equal targets. Collapse: unpaired cosines are as high as paired ones.
     """
-    p, t = F.normalize(predicted.float(), dim=-1), F.normalize(target.float(), dim=-1)
-    own, other = torch.eye(len(p), dtype=torch.bool, device=p.device), text[:, None] != text
+    p, t = F.normalize(torch.stack([predicted, target]).float(), dim=-1)
+    other = text[:, None] != text
+    own = torch.zeros_like(other).fill_diagonal_(True)
     return {"cos_paired": (p @ t.T, own), "cos_unpaired": (p @ t.T, other), "cos_targets": (t @ t.T, other)}
 
 
-# ---- data: chats, the synthetic dataset -----------------------------------------------------------------------------
+# ---- data: tokens, chats, the synthetic dataset ---------------------------------------------------------------------
+
+
+class Bytes:
+    """The vocabulary without a file: 256 bytes, END, which closes a turn, and a token for each role."""
+
+    # Tokens 256 to 259 in a rendered chat: no valid text has such characters.
+    roles = {"end": "\udbfc", "system": "\udbfd", "user": "\udbfe", "assistant": "\udbff"}
+    ids = {character: [i] for i, character in enumerate(roles.values(), 256)}
+    special = re.compile("[\udbfc-\udbff]")
+
+    def render(self, messages, add_generation_prompt=False):
+        turns = [self.roles[message["role"]] + message["content"] + self.roles["end"] for message in messages]
+        return "".join(turns) + self.roles["assistant"] * add_generation_prompt
+
+    def tokens(self, text):
+        return [token for character in text for token in self.ids.get(character) or character.encode()]
+
+    def decode(self, ids, special=False):
+        """The text of ids. Invalid UTF-8 and, if asked for, special tokens are shown as U+FFFD."""
+        return bytes(min(i, 255) for i in ids if special or i < 256).decode(errors="replace")
+
+
+class Tokenizer:
+    """A published model's tokenizer and chat template. files: see read_folder."""
+
+    def __init__(self, files):
+        import tokenizers
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template is foreign code
+
+        def refuse(message):
+            raise ValueError(f"the chat template: {message}")
+
+        self.inner = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        special = [token.content for token in self.inner.get_added_tokens_decoder().values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, sorted(special, reverse=True))))  # the longest first
+        settings = json.loads(files["tokenizer_config.json"])
+        template = files.get("chat_template.jinja") or settings["chat_template"]
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}["default"]
+        extensions = ["jinja2.ext.loopcontrols"]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        strftime = datetime.date.fromisoformat(files["date"]).strftime
+        environment.globals |= {"raise_exception": refuse, "strftime_now": strftime, "tools": None}
+        for name in ("bos_token", "eos_token"):
+            token = settings.get(name) or ""
+            environment.globals[name] = token["content"] if isinstance(token, dict) else token
+        self.render = environment.from_string(template).render
+
+    def tokens(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, special=False):
+        return self.inner.decode(list(ids), skip_special_tokens=not special)
+
+
+BYTES = Bytes()
+
+
+def open_tokenizer(folder):
+    """The Tokenizer of a published model's folder."""
+    return Tokenizer(read_folder(Path(folder))["files"])
 
 
 class Sample(NamedTuple):
     """One chat. labels[i] is the token to predict at position i, or IGNORE: count (labels != IGNORE)."""
 
-    tokens: np.ndarray  # int16 [T]
-    labels: np.ndarray  # int16 [T]
+    tokens: np.ndarray  # int32 [T]
+    labels: np.ndarray  # int32 [T]
     steps: list  # [start, end) of each step of the last answer in tokens, without the blank lines between them
-
-    @property
-    def answer(self):
-        """Where the last answer begins in tokens; everything before, its role token included, is the prompt."""
-        return int(np.flatnonzero(self.tokens == ASSISTANT)[-1]) + 1
+    answer: int  # where the last answer begins in tokens; everything before is the prompt
 
     @property
     def length(self):
-        """Approximate tokens in a packed row: batches are sorted by it, and are the same for all flags."""
-        copies = self.steps[1:3] or [(self.answer, len(self.tokens))]
-        return len(self.tokens) + sum(end - start for start, end in copies)
+        return len(self.tokens)  # batches are sorted by it, and are the same for all flags
 
 
-def encode(messages, unmask_user=False):
-    """A chat as a Sample: [system,] then user and assistant in turn, each a role token, its bytes and END.
+# Between two steps: blank lines. And the white space after an answer.
+GAP = re.compile(r"(\s*\n[^\S\n]*\n(?:[^\S\n]*\n)*|\s+\Z)")
 
-    messages: list of {"role": ..., "content": ...}. The bytes and END of every assistant turn are supervised; with
-    unmask_user, every token but the first. Raises ValueError, TypeError or LookupError for anything else.
+
+def encode(messages, unmask_user=False, tokenizer=BYTES):
+    """A chat as a Sample: [system,] then user and assistant in turn, as the tokenizer renders them.
+
+    messages: list of {"role": ..., "content": ...}; "weight": 0 or "train": false masks an answer. The text and the end
+    of every other answer are supervised; with unmask_user, every token but the first and masked answers. What follows
+    the last answer to learn is left out. Each step is tokenized alone. Raises ValueError for anything else, and for a
+    template that hides where an answer begins or ends.
     """
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(f"roles {', '.join(map(repr, roles)) or 'none'}")
-    tokens, targets = [], []
-    for role, message in zip(roles, messages):
-        start, text = len(tokens) + 1, bytes(message["content"], "utf-8")
-        tokens += [ROLES[role], *text, END]
-        targets += [IGNORE, *text, END] if role == "assistant" else [IGNORE] * (len(text) + 2)
-    steps = find_steps(message["content"], start)
-    if not steps:
-        raise ValueError("the last answer is empty")
-    labels = [*(tokens if unmask_user else targets)[1:], IGNORE]
-    return Sample(np.array(tokens, np.int16), np.array(labels, np.int16), steps)
+    check_chat(messages)
+    # A prompt could not ask for an empty system turn.
+    messages = [message for message in messages if message["content"] or message["role"] != "system"]
+    while messages and not learns(messages[-1]):
+        messages.pop()
+    if not messages or not messages[-1]["content"].strip():
+        raise ValueError("no answer to learn, or the last one is empty")
+    text, tokens, targets, done = tokenizer.render(messages=messages), [], [], 0
+
+    def add(piece, supervised):
+        first, ids = len(tokens), tokenizer.tokens(piece)
+        tokens.extend(ids)
+        targets.extend(ids if supervised else [IGNORE] * len(ids))
+        return first, len(tokens)
+
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = tokenizer.render(messages=messages[:i], add_generation_prompt=True)
+            # Some templates strip the content, some put a space or an empty thought before it.
+            begin, content, learn = len(prompt), message["content"].strip(), learns(message)
+            at = text.find(content, begin)
+            end = tokenizer.special.search(text, at + len(content))
+            if not text.startswith(prompt) or at < 0 or not end or tokenizer.special.search(text[begin:at]):
+                raise ValueError(f"the chat template changes message {i + 1} or hides its end")
+            line = text.rfind("\n", begin, at) + 1 or begin
+            _, answer = add(text[done:begin], unmask_user)
+            add(text[begin:line], learn)
+            spans = [add(piece, learn) for piece in GAP.split(text[line : end.start()])]
+            steps = [(first, last) for first, last in spans[::2] if first < last]
+            add(end[0], learn)
+            done = end.end()
+    add(text[done:], False)
+    return Sample(np.array(tokens, np.int32), np.array([*targets[1:], IGNORE], np.int32), steps, answer)
 
 
-def find_steps(text, at):
-    """[start, end) in bytes of each step of an answer that begins at `at`: runs of lines that are not blank."""
-    steps = []
-    for found in re.finditer(r"(?m)^(.*\S.*\n?)+", text):
-        start = at + len(text[: found.start()].encode())
-        steps.append((start, start + len(found[0].rstrip("\r\n").encode())))
-    return steps
+def learns(message):
+    """Whether this is an answer to learn."""
+    return message["role"] == "assistant" and {message.get("weight"), message.get("train")} <= {None, 1}
 
 
-def decode(tokens):
-    """The text of tokens, without special ones; invalid UTF-8 becomes U+FFFD."""
-    return bytes(int(token) for token in tokens if token < 256).decode(errors="replace")
+HARMLESS = {"id", "name", "source", "dataset", "category", "language", "model", "prompt_id", "metadata", "timestamp"}
 
 
-def read_chats(path, args, training=True):
+def refuse_unknown(what, fields, *known):
+    """Raises ValueError if a row or message has fields that would be dropped without a word, empty ones aside."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{what} is of type {type(fields).__name__}")
+    if unknown := [name for name, value in fields.items() if value and name not in HARMLESS.union(known)]:
+        raise ValueError(f"{what} has {', '.join(unknown)}, which would be dropped")
+
+
+def check_chat(messages):
+    """Raises ValueError unless these are messages of text, [system,] then user and assistant in turn."""
+    for number, message in enumerate(messages, start=1):
+        refuse_unknown(f"message {number}", message, "role", "content", "weight", "train")
+        if not isinstance(content := message.get("content"), str):
+            raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")
+    roles = ", ".join(repr(message.get("role")) for message in messages)
+    if not re.fullmatch("('system', )?('user', 'assistant'(, )?)+", roles):
+        raise ValueError(f"roles {roles or 'none'}")
+
+
+def read_chats(path, args, tokenizer):
     """Samples of a file with {"messages": [...]} on every line. Raises DataError that names the line."""
-    chats, bad = [], 0
+    chats, bad = [], collections.Counter()
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                with expecting(CHAT, f"{path}:{number}: no chat"):
-                    if line.strip():
-                        chats.append(encode(json.loads(line)["messages"], args.unmask_user))
-            except DataError:
-                bad += 1
+                if line.strip():
+                    row = json.loads(line.decode("utf-8-sig"))
+                    refuse_unknown("the row", row, "messages")
+                    chats.append(encode(row.get("messages", []), args.unmask_user, tokenizer))
+            except Exception as error:  # of json, of the tokenizer or our own
+                reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
                 if not args.skip_bad_chats:
-                    raise
-    if bad:
-        say(f"{path}: left out {bad} lines that are no chats")
-    short = [sample for sample in chats if len(sample.tokens) <= args.max_length]
-    if len(short) < len(chats):
-        longest = max(len(sample.tokens) for sample in chats)
-        what = f"{path}: {len(chats) - len(short)} of {len(chats)} chats are longer than --max_length {args.max_length}"
-        if not training:  # leaving them out would raise the scores
+                    raise DataError(f"{path}:{number}: no chat: {reason}, expected {CHAT}") from None
+                bad[reason] += 1
+    for reason, count in bad.most_common():
+        say(f"{path}: left out {count} lines that are no chats: {reason}")
+    if not chats:
+        raise DataError(f"{path}: no chats, expected one on each line")
+    return chats
+
+
+def short_chats(chats, path, args):
+    """Those of at most --max_length tokens. Raises DataError for others in --eval_file."""
+    short = [sample for sample in chats if sample.length <= args.max_length]
+    if long := len(chats) - len(short):
+        what = f"{path}: {long} of {len(chats)} chats are longer than --max_length {args.max_length}"
+        longest = max(sample.length for sample in chats)
+        if path == args.eval_file:  # leaving them out would raise the scores
             raise DataError(f"{what}, expected --max_length {longest}, the longest, or a file without them")
         say(f"{what} and left out; the longest has {longest} tokens")
-    if not short:
-        raise DataError(f"{path}: no chats, expected one on each line")
     return short
+
+
+def load_chats(args, tokenizer):
+    """Samples to train on and to validate with. Raises DataError."""
+    path, eval_path, train = args.train_file, args.eval_file, []
+    if not (path or eval_path):
+        return synthetic_dataset(args.seed, args.unmask_user)
+    if path and args.eval_only and eval_path and not Path(path).exists():
+        say(f"warning: {path} is gone, so nothing tells which validation chats were trained on")
+    elif path:
+        train = read_chats(path, args, tokenizer)
+    if eval_path:
+        val = read_chats(eval_path, args, tokenizer)
+    else:  # a random tenth, always the same: files are often sorted
+        shuffled = [train[i] for i in np.random.default_rng(0).permutation(len(train))]
+        cut = len(train) // 10 or 1
+        train, val = shuffled[cut:], shuffled[:cut]
+    known = {sample.tokens.tobytes() for sample in train}
+    fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
+    if left_out := len(val) - len(fresh):
+        say(f"left out {left_out} of {len(val)} validation chats that are in the training data too")
+    train, val = short_chats(train, path, args), short_chats(fresh, eval_path or path, args)
+    if not val or not (train or args.eval_only):
+        raise DataError(f"{eval_path or path}: no chat is left to train or evaluate on, expected more")
+    return train, sorted(val, key=lambda sample: sample.length)  # evaluated in this order, with little padding
 
 
 CHAT = (
@@ -333,22 +558,28 @@ def synthetic_dataset(seed, unmask_user):
     "Ann has 2 figs, doubles, gets 6, loses 3." -> "2*2=4", "4+6=10", "10-3=7", with a blank line between the steps. The
     seed shuffles the problems and assigns people and things. Returns lists of samples: training, validation (a tenth).
     """
-    events = {f"gets {n}": n for n in range(1, 10)} | {f"loses {n}": -n for n in range(1, 10)} | {"doubles": 0}
-    problems = []
-    for start, *story in itertools.product(range(2, 10), events, events, events):
-        values, steps = [start], []
-        for event in story:
-            value, change = values[-1], events[event]
-            values.append(value + (change or value))  # doubling adds the value itself
-            steps.append(f"{value}{f'{change:+}' if change else '*2'}={values[-1]}")
-        if min(values) >= 1 and max(values) <= 20 and story.count("doubles") <= 1:
-            problems.append((start, ", ".join(story), "\n\n".join(steps)))
-    rng, n, samples = np.random.default_rng(seed), len(problems), []
-    for i, person, thing in zip(rng.permutation(n), rng.choice(PEOPLE, n), rng.choice(THINGS, n)):
-        start, story, answer = problems[i]
-        question = {"role": "user", "content": f"{person} has {start} {thing}, {story}."}
-        samples.append(encode([question, {"role": "assistant", "content": answer}], unmask_user))
-    return samples[n // 10 :], samples[: n // 10]
+
+    def events(value):
+        """What may happen: how it is told, how the answer writes it, the value after it."""
+        yield "doubles", "*2", value * 2
+        for n in range(1, 10):
+            yield f"gets {n}", f"+{n}", value + n
+            yield f"loses {n}", f"-{n}", value - n
+
+    problems = [(start, f"{{}} has {start} {{}}", []) for start in range(2, 10)]
+    for _ in range(3):
+        problems = [
+            (after, f"{story}, {event}", [*steps, f"{value}{change}={after}"])
+            for value, story, steps in problems
+            for event, change, after in events(value)
+            if 1 <= after <= 20 and (event != "doubles" or event not in story)
+        ]
+    rng, samples, held_out = np.random.default_rng(seed), [], len(problems) // 10
+    rng.shuffle(problems)
+    for _, story, steps in problems:
+        question = {"role": "user", "content": story.format(rng.choice(PEOPLE), rng.choice(THINGS)) + "."}
+        samples.append(encode([question, {"role": "assistant", "content": "\n\n".join(steps)}], unmask_user))
+    return samples[held_out:], samples[:held_out]
 
 
 # ---- data: packed rows ----------------------------------------------------------------------------------------------
@@ -369,84 +600,62 @@ def find_pairs(sample, args):
 def pack(chats, pairs, predictors):
     """One row per chat: the chat, then for each pair the predictor tokens and a copy of the target to encode alone.
 
-                 chat, causal                  pair 1                    pair 2
-        tokens   question, a, blank, b, ...    P0 P1      | b            P0 P1      | c           PAD
-        position 0 1 2 ...                     on from a  | 0 1 2 ...    on from b  | 0 1 2 ...   0
-        segment  0                             1          | 2            3          | 4           -1
-        sees     chat                          chat to a  | itself       chat to b  | itself      itself
+                 chat, causal                    pair 1                    pair 2
+        tokens   question, a, blank, b, ... PAD  P0 P1      | b            P0 P1      | c           PAD
+        position 0 1 2 ...                       on from a  | 0 1 2 ...    on from b  | 0 1 2 ...
+        sees     all before                      chat to a  | itself       chat to b  | itself      itself
 
-    chats: int arrays; pairs: for each chat a list from find_pairs; predictors: K. Returns int64 arrays: tokens [B, T],
-    ends [P, 2], the places of predictions and targets in the flattened rows, and text [P], equal for equal targets; if
-    there is any pair, also positions and segment [B, T] and limit [B, E] (see packed_mask; before the last E tokens all
-    rows hold their chats). Both states equal those of a pass over that text alone; with K = 0 the chat's own state
+    chats: int arrays; pairs: for each chat a list from find_pairs; predictors: the ids of the predictor tokens, int
+    [K]. Returns int64 arrays: tokens [B, T], ends [P, 2], the places of predictions and targets in the flattened rows,
+    and text [P], equal for equal targets; positions [B, T]; start and limit [B, E] (see packed_mask) of the E columns
+    after the longest chat. Both states equal those of a pass over that text alone; with K = 0 the chat's own state
     predicts.
     """
-    K, ends, texts = predictors, [], {}
-    T = max(len(chat) + sum(K + end - start for _, start, end in mine) for chat, mine in zip(chats, pairs))
-    tokens, positions, segments, limits = packed = np.zeros((4, len(chats), T), np.int64)
-    tokens[:], segments[:] = PAD, -1
+    C, K, ends, texts = max(map(len, chats)), len(predictors), [], {}
+    T = C + max(sum(K + end - begin for _, begin, end in mine) for mine in pairs)
+    tokens, start, limit = packed = np.zeros((3, len(chats), T), np.int64)
+    tokens[:], start[:, C:] = PAD, np.arange(C, T)
     for row, (chat, mine) in enumerate(zip(chats, pairs)):
-        at, pieces = len(chat), [(chat, 0, 0)]  # tokens, position of the first, limit
-        for context, start, end in mine:
-            target = chat[start:end]
-            pieces += [(VOCABULARY + np.arange(K), context, context), (target, 0, 0)]
-            prediction, at = at + K if K else context, at + K + len(target)
-            text = texts.setdefault(target.tobytes(), len(texts))  # a number for each text
-            ends.append((row * T + prediction - 1, row * T + at - 1, text))
-        fields = []
-        for segment, (piece, first, limit) in enumerate(pieces):
-            fields.append(np.broadcast_arrays(piece, first + np.arange(len(piece)), segment, limit))
-        packed[:, row, :at] = np.concatenate(fields, axis=1)
+        tokens[row, : len(chat)], at = chat, C
+        for context, begin, end in mine:
+            target, predicts = chat[begin:end], at + K if K else context
+            for piece, seen in ((predictors, context), (target, 0)):
+                packed[:, row, at : at + len(piece)] = np.broadcast_arrays(piece, at, seen)
+                at += len(piece)
+            ends.append((row * T + predicts - 1, row * T + at - 1, texts.setdefault(target.tobytes(), len(texts))))
     found = np.array(ends, np.int64).reshape(-1, 3)
-    batch = {"tokens": tokens, "ends": found[:, :2], "text": found[:, 2]}
-    if ends:
-        batch |= {"positions": positions, "segment": segments, "limit": limits[:, min(map(len, chats)) :]}
-    return batch
+    batch = {"tokens": tokens, "positions": limit + np.arange(T) - start}
+    return batch | {"start": start[:, C:], "limit": limit[:, C:], "ends": found[:, :2], "text": found[:, 2]}
 
 
-def packed_mask(segment, limit):
-    """What the last E tokens of packed rows may attend to: bool [B, 1, E, T]. Built on the device of its inputs.
+def packed_mask(start, limit, T):
+    """What the last E of T tokens of packed rows may attend to: bool [B, 1, E, T]. Built on the device of its inputs.
 
-    segment: int [B, T]; limit: int [B, E]. A token sees its own segment up to itself, and the first `limit` tokens of
-    the row, which belong to the chat. Padding is its own segment: a mask row without any True would give NaN.
+    start, limit: int [B, E]. A token sees its own piece, from `start` up to itself, and the first `limit` tokens of the
+    row, which belong to the chat. Padding sees itself: a mask row without any True would give NaN.
     """
-    at, E = torch.arange(segment.shape[1], device=segment.device), limit.shape[1]
-    own = (segment[:, -E:, None] == segment[:, None, :]) & (at[-E:, None] >= at)  # [B, E, T]
-    return (own | (at < limit[:, :, None]))[:, None]
+    at = torch.arange(T, device=start.device)
+    own = (at >= start[..., None]) & (at <= at[-start.shape[1] :, None])  # [B, E, T]
+    return (own | (at < limit[..., None]))[:, None]
 
 
-def load_chats(args):
-    """Samples to train on and to validate with. Raises DataError."""
-    if not (args.train_file or args.eval_file):
-        return synthetic_dataset(args.seed, args.unmask_user)
-    training, train = not (args.eval_only and args.eval_file), []
-    if args.train_file and (training or Path(args.train_file).exists()):  # it may be gone by the time of an evaluation
-        train = read_chats(args.train_file, args)
-    if args.eval_file:
-        val = read_chats(args.eval_file, args, training=False)
-    else:
-        cut = len(train) // 10 or 1
-        train, val = train[:-cut], train[-cut:]
-    known = {sample.tokens.tobytes() for sample in train}
-    fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
-    if len(fresh) < len(val):
-        say(f"left out {len(val) - len(fresh)} of {len(val)} validation chats that are in the training data too")
-    if not fresh or training and not train:
-        raise DataError(f"{args.eval_file or args.train_file}: no chat is left to train or evaluate on, expected more")
-    return train, fresh
-
-
-def make_data(args, config=None):
+def make_data(args, config):
     """The run's datasets and what the shared part needs to know about them (listed there). Raises DataError."""
-    config = config or Config(args.hidden_size, args.num_layers, args.num_heads, args.predictors)
-    if args.prompt:  # needs no chats
-        return {"config": config, "predict": lambda model: respond(model, args)}
-    train, val = load_chats(args)
-    jepa = not args.regular and (args.lbd > 0 or args.force_pairs)
+    flags = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
+    config, tokenizer = Config(**flags | config), BYTES
+    if config.files:
+        with expecting("the tokenizer of an -Instruct model (pip install safetensors tokenizers)", "tokenizer files"):
+            tokenizer = Tokenizer(config.files)
+    if 0 < config.sliding_window < args.max_length:
+        raise DataError(f"--max_length {args.max_length}, expected at most sliding_window = {config.sliding_window}")
+    if args.export or args.prompt:  # needs no chats to learn
+        predict = export if args.export else respond
+        return {"config": config, "predict": lambda model: predict(model, args, tokenizer)}
+    train, val = load_chats(args, tokenizer)
+    jepa = args.lbd > 0 and not args.regular
     if jepa and not args.eval_only:
         paired = sum(bool(find_pairs(sample, args)) for sample in train)
-        hint = "; warning: the others train the next-token loss alone; --view_based_jepa has a pair in each"
-        say(f"pairs in {paired:,} of {len(train):,} chats{hint if 2 * paired < len(train) else ''}")
+        say(f"pairs in {paired:,} of {len(train):,} chats; --view_based_jepa has one in each")
 
     def collate(picked, rng=None, rows=None):
         pairs = [find_pairs(sample, args) if rng and jepa else [] for sample in picked]
@@ -454,7 +663,8 @@ def make_data(args, config=None):
         # Every process and micro-batch of an update draws the same. Without pairs it costs no more than a plain pass.
         if rng and rng.random() >= args.jepa_ratio:
             pairs = [[] for _ in picked]
-        batch = pack([sample.tokens for sample in picked], pairs, config.predictors)
+        predictors = config.vocab_size + np.arange(config.predictors)
+        batch = pack([sample.tokens for sample in picked], pairs, predictors)
         if args.sigreg and len(batch["ends"]):
             directions = rng.standard_normal((config.hidden_size, 256), np.float32)
             batch["directions"] = directions / np.linalg.norm(directions, axis=0)
@@ -479,32 +689,31 @@ def compute_loss(model, batch, carry, args):
     and of its pairs) from the shared part. Returns its part of the update's loss, metrics as (sum, count) pairs, {}.
     """
     tokens, at, ends = batch["tokens"], batch["at"], batch["ends"]
-    B, similar = len(tokens), {}
+    B, N, P, similar = len(tokens), len(at), len(ends), {}
     token_share, pair_share = batch["share"]
-    mask = packed_mask(batch["segment"], batch["limit"]) if len(ends) else None
-    h = model(tokens, batch.get("positions"), mask).flatten(0, 1)  # [B * T, D]
+    mask = packed_mask(batch["start"], batch["limit"], tokens.shape[1]) if P else None
+    h = model(tokens, batch["positions"] if P else None, mask).flatten(0, 1)  # [B * T, D]
     llm_loss = F.cross_entropy(unwrap(model).head(h[at]), batch["next"])
     loss = args.gamma * token_share * llm_loss
-    sums = to_sums({"llm_loss": llm_loss.detach()}, len(at))  # per token; the JEPA ones per pair
-    if len(ends):
+    sums = {"valid_tokens": (N, B), "pairs": (P, B), "skipped": (batch["skipped"], B)}
+    sums["llm_loss"] = llm_loss.detach() * N, N
+    if P:
         views = h[ends].float()  # [P, 2, D]
         predicted, target = views.unbind(1)
         target = target.detach() if args.stop_grad_target else target
         with torch.autocast(h.device.type, enabled=False):  # bfloat16 could not tell cosines of .99 and .98 apart
             jepa = jepa_loss(predicted, target, args.jepa_loss, batch["text"])
-            parts = {"jepa_loss": jepa.detach()}
-            # rms_norm has scaled the views to the length of unit-variance Gaussian vectors. All views of the micro-
-            # batch are tested together, so the value depends on how an update is split, as with infonce's negatives.
+            sums["jepa_loss"] = jepa.detach() * P, P
+            # Scaled to the length of unit-variance Gaussian vectors. All views of the micro-batch are tested together,
+            # so the value depends on how an update is split, as with infonce's negatives.
             if args.sigreg:
-                spread = sigreg(views.flatten(0, 1), batch["directions"])
-                parts["sigreg_loss"] = spread.detach()
+                spread = sigreg(F.rms_norm(views.flatten(0, 1), views.shape[-1:]), batch["directions"])
+                sums["sigreg_loss"] = spread.detach() * P, P
                 jepa = jepa + args.sigreg * spread
             similar = cosines(predicted, target, batch["text"])
         loss = loss + args.lbd * pair_share * jepa
-        sums |= to_sums(parts, len(ends))
         sums |= {name: ((cosine * meant).sum(), meant.sum()) for name, (cosine, meant) in similar.items()}
     sums["loss"] = loss.detach(), token_share  # the mean of the updates' own losses
-    sums |= {"valid_tokens": (len(at), B), "pairs": (len(ends), B), "skipped": (batch["skipped"], B)}
     if args.debug:
         print_debug(batch, llm_loss, similar, args)
     return loss, sums, {}
@@ -512,13 +721,14 @@ def compute_loss(model, batch, carry, args):
 
 def print_debug(batch, llm_loss, similar, args):
     """--debug: what this micro-batch holds; from 5 on also the spread of its cosines. A CPU-GPU sync point."""
-    tokens, num_pairs, skipped = batch["tokens"], len(batch["ends"]), int(batch["skipped"])
-    B, used = len(tokens), int((tokens != PAD).sum())
-    plain = int((batch["segment"] == 0).sum()) if num_pairs else used
+    real = batch["tokens"] != PAD  # [B, T]
+    B, T = real.shape
+    used, plain = int(real.sum()), int(real[:, : T - batch["limit"].shape[1]].sum())
     say(
         f"[DEBUG Loss] step={batch['step'] + 1}, input_batch={B}, forward_batch={B}, tokens forward={used} "
-        f"plain={plain} ({used / plain:.2f}x), padding={1 - used / tokens.numel():.1%}\n"
-        f"  valid_tokens={len(batch['at'])}, loss_per_token={llm_loss:.4f}, pairs={num_pairs}, skipped={skipped}"
+        f"plain={plain} ({used / plain:.2f}x), padding={1 - used / (B * T):.1%}\n"
+        f"  valid_tokens={len(batch['at'])}, loss_per_token={llm_loss:.4f}, pairs={len(batch['ends'])}, "
+        f"skipped={int(batch['skipped'])}"
     )
     for name, (cosine, meant) in similar.items() if args.debug >= 5 else ():
         if len(c := cosine[meant]):
@@ -535,37 +745,58 @@ def evaluate(model, data, args):
     """
     sums = {}
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
-        tokens, at, right = batch["tokens"], batch["at"], batch["next"]
+        tokens, at = batch["tokens"], batch["at"]
         with autocast(args):
-            logits = model.head(model(tokens).flatten(0, 1)[at])  # [tokens of the answers, VOCABULARY]
-        loss = F.cross_entropy(logits, right)
-        add_sums(sums, to_sums({"loss": loss, "llm_loss": loss}, len(at)))
-        wrong, row = logits.argmax(-1) != right, at // tokens.shape[1]
+            states = model(tokens).flatten(0, 1)[at]  # [tokens of the answers, D]
+        loss, wrong = 0.0, []
+        for h, right in zip(states.split(512), batch["next"].split(512)):  # 128k words: 3 GB for 32 answers of 200
+            logits = model.head(h)
+            loss += F.cross_entropy(logits, right, reduction="sum")
+            wrong.append(logits.argmax(-1) != right)
+        add_sums(sums, dict.fromkeys(("loss", "llm_loss"), (loss, len(at))))
+        row, wrong, B = at // tokens.shape[1], torch.cat(wrong), len(tokens)
         # The end of a prefix does not count: a longer answer begins with the right one.
-        for name, missed in {"exact_match": wrong, "prefix_match": wrong & (right != END)}.items():
-            add_sums(sums, {name: (len(tokens) - len(row[missed].unique()), len(tokens))})
+        inside = F.pad(row[1:] == row[:-1], (0, 1))
+        for name, missed in {"exact_match": wrong, "prefix_match": wrong & inside}.items():
+            add_sums(sums, {name: (B - len(row[missed].unique()), B)})
     return means(sums)
 
 
 @torch.no_grad()
-def generate(model, tokens, max_length):
-    """A Model's greedy continuation of tokens (ints [T]) up to END or max_length tokens, as a list of all of them."""
-    tokens = torch.as_tensor(tokens, device=model.embed.weight.device)[None]
-    while tokens.shape[1] < max_length and tokens[0, -1] != END:  # without a cache: answers are short
+def generate(model, tokens, max_length, end):
+    """A Model's greedy continuation of tokens (ints [T]) up to end or max_length tokens, as a list of all of them."""
+    tokens = torch.as_tensor(tokens, device=model.predictors.device)[None]
+    while tokens.shape[1] < max_length and tokens[0, -1] != end:  # without a cache: answers are short
         following = model.head(model(tokens)[:, -1]).argmax(-1, keepdim=True)  # [1, 1]
         tokens = torch.cat([tokens, following], dim=1)
     return tokens[0].tolist()
 
 
-def respond(model, args):
-    """The answer to --prompt, as text."""
-    turns = {"system": args.system, "user": args.prompt, "assistant": "?"}
-    with expecting("text in UTF-8", "--prompt or --system"):
-        sample = encode([{"role": role, "content": text} for role, text in turns.items() if text])
-    if sample.answer >= args.max_length:
-        raise DataError(f"--prompt: {sample.answer} tokens, expected fewer than --max_length {args.max_length}")
-    with autocast(args):
-        return decode(generate(model, sample.tokens[: sample.answer], args.max_length)[sample.answer :])
+def respond(model, args, tokenizer):
+    """The answer to --prompt, as text; with --answers, the last answers to the chats in that file, written there."""
+
+    def answer(chat):
+        sample = encode([*chat, {"role": "assistant", "content": "?"}], tokenizer=tokenizer)
+        end = sample.labels[sample.labels != IGNORE][-1]
+        with autocast(args):
+            said = generate(model, sample.tokens[: sample.answer], args.max_length, end)
+        if said[-1] != end:
+            cut = f"an answer is cut at --max_length {args.max_length}, after a prompt of {sample.answer} tokens"
+            print(f"warning: {cut}", file=sys.stderr)
+        return tokenizer.decode(said[sample.answer :])
+
+    if not args.answers:
+        with expecting("text in UTF-8", "--prompt or --system"):
+            return answer([{"role": "system", "content": args.system or ""}, {"role": "user", "content": args.prompt}])
+    with open(args.prompt, "rb") as chats, open(args.answers, "w", encoding="utf-8") as out:
+        for number, line in enumerate(chats, start=1):
+            with expecting(CHAT, f"{args.prompt}:{number}"):
+                chat = json.loads(line)["messages"]
+                if chat[-1]["role"] == "assistant":
+                    chat.pop()
+                chat.append({"role": "assistant", "content": answer(chat)})
+                out.write(json.dumps({"messages": chat}) + "\n")
+    return f"wrote {args.answers}"
 
 
 def describe(metrics):
@@ -593,15 +824,16 @@ def report(metrics):
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 DATA_FLAGS = ("train_file", "eval_file")
-EVAL_FLAGS = ("prompt", "system", "max_length", "skip_bad_chats")
+EVAL_FLAGS = ("prompt", "answers", "system", "export", "max_length", "skip_bad_chats")
 DEMO = {"num_layers": 2, "sigreg": 0.02, "batch_size": 16, "lr": 3e-3, "max_train_steps": 700}
 DEMO |= {"eval_interval": 100, "eval_samples": 512, "log_interval": 50}
+PUBLISHED = {"lr": 3e-4, "warmup_steps": 20, "weight_decay": 0.0}
 
 
 def add_method_args(parser):
     flag = flag_group(parser, "data")
     flag("--train_file", None, '{"messages": [...]} on every line; without it, a synthetic dataset of word problems')
-    flag("--eval_file", None, "the same, to evaluate on (default: the last tenth of --train_file)")
+    flag("--eval_file", None, "the same, to evaluate on (default: a random tenth of --train_file)")
     flag("--max_length", 1024, "longer chats are left out of training, refused in --eval_file", 8)
     flag("--skip_bad_chats", False, "leave out lines that are no chats, and count them (default: refuse)")
     flag("--unmask_user", False, "supervise every token of a training chat, not only the answers")
@@ -620,33 +852,39 @@ def add_method_args(parser):
     flag("--sigreg", 0.0, "weight of SIGReg, added to the distance: prevents collapse; try 0.02; 0: none")
     flag("--jepa_ratio", 1.0, "fraction of the updates that have the JEPA loss", 0, 1)
     flag("--stop_grad_target", False, "no gradient through the targets: slows the collapse")
-    flag("--force_pairs", False, "with --lbd 0: build the pairs nevertheless, for comparison")
     flag("--debug", 0, "1: print what every micro-batch holds; 5: its cosines as well")
     flag = flag_group(parser, "prediction, with --eval_only --out_dir RUN")
-    flag("--prompt", None, "answer one question")
-    flag("--system", None, "the system prompt before it")
+    flag("--prompt", None, "answer one question; with --answers, each chat of this file")
+    flag("--system", None, "the system prompt before the question")
+    flag("--answers", None, "file to write: the chats of --prompt with the model's last answers")
+    flag("--export", None, "folder to make: a fine-tuned published model, for transformers and vLLM")
     parser.set_defaults(lr=2e-3, min_lr_ratio=0.0, warmup_steps=50)
 
 
-def check(args, error):
-    """Refuse flags that make no sense together."""
-    if args.jepa_loss == "infonce" and args.batch_size == 1:
-        error("--jepa_loss infonce needs --batch_size 2 or more: other pairs of a micro-batch are negatives")
-    if args.gamma == 0 and (args.regular or args.lbd == 0):
-        error("--gamma 0 without a JEPA loss leaves nothing to learn")
+def check(args, given, error):
+    """Refuse flags that make no sense together. given: those of the command line alone."""
     if args.eval_file and not (args.train_file or args.eval_only):
         error("--eval_file needs --train_file")
-    if (args.prompt or args.system) and not (args.prompt and args.eval_only):
-        error("--prompt, and --system before it, need --eval_only and the --out_dir of a run")
+    if (args.system or args.answers) and not args.prompt:
+        error("--system and --answers need --prompt")
+    if (args.prompt or args.export) and (given.eval_file or not args.eval_only):
+        error("--prompt and --export need --eval_only and the --out_dir of a run, and no --eval_file")
+    for name in DATA_FLAGS:
+        if sum(word.split("=")[0] == f"--{name}" for word in sys.argv) > 1:  # the last alone would count
+            error(f"--{name} is given twice, expected one file")
+        if path := getattr(args, name):
+            setattr(args, name, os.path.abspath(path))  # found from another working directory, too
 
 
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
-#   Config; Model(config); to_our_names(weights), which renames published weights
+#   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder), what the
+#     folder of a published model says of Config, a dict; PUBLISHED: defaults of flags with such a folder
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
-#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, error): error(text) refuses the flags
+#   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), see there
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
-#     predict(model) -> text, which replaces the evaluation. The argument config: the checkpoint's, None in a new run
+#     predict(model) -> text, which replaces the evaluation. The argument config: a dict, what a
+#     checkpoint or --init_from says of Config; empty in a new run
 #   compute_loss(model, batch, carry, args) -> loss, sums (see add_sums), carry. The batch holds step and share (see
 #     train). carry: {} at first, then what each row takes along to the next update, tensors [B, ...]
 #   evaluate(model, data, args) -> means, with a "loss"; describe(metrics) -> text of a log line
@@ -802,7 +1040,7 @@ MAY_CHANGE = (
 
 
 def parse_args(argv):
-    """The flags in force and, with --resume or --eval_only, the checkpoint. Refuses what makes no sense (exit 2)."""
+    """The flags in force, and what the run starts from. Refuses flags that make no sense (exit 2)."""
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [flags]      (--help lists them)",
         description=__doc__,
@@ -822,7 +1060,7 @@ def parse_args(argv):
     flag("--grad_clip", 1.0, "largest gradient norm; 0: no limit")
     flag("--ema_decay", 0.0, "of the averaged weights, which are then the ones evaluated; 0: none", 0, 0.999999)
     flag("--seed", 0, "of the weights, the order and the synthetic dataset", 0, 2**32 - 1)
-    flag("--init_from", None, "start from the weights in this file: a run's best.pt or ckpt.pt, or published ones")
+    flag("--init_from", None, "start from the weights of a run's best.pt or ckpt.pt, or a published file or folder")
     flag = flag_group(parser, "machine")
     flag("--device", "auto", "auto (CUDA if there), cpu, cuda, mps, ...")
     flag("--dtype", "auto", "auto: bfloat16 on CUDA", choices=["auto", "float32", "bfloat16", "float16"])
@@ -841,28 +1079,35 @@ def parse_args(argv):
     add_method_args(parser)
     parser.epilog = f"Without --{DATA_FLAGS[0]} the demonstration has defaults of its own:\n{DEMO}"
 
-    args, checkpoint, stored = parser.parse_args(argv), None, {}
+    args, start, stored = parser.parse_args(argv), {"config": {}}, {}
+    origin = args.init_from
     if not args.out_dir and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
     # expanduser: a shell leaves the ~ of --out_dir=~/x
     folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}").expanduser()
     path = folder / ("best.pt" if args.eval_only else "ckpt.pt")
     if args.eval_only or args.resume and path.exists():
-        checkpoint = load_checkpoint(path)
-        stored = checkpoint["args"]
-        parser.set_defaults(**stored)
-    elif not args.resume and (folder / "metrics.jsonl").exists():
-        parser.error(f"--out_dir {folder} holds a run; --resume continues it, or delete it first")
-    elif not getattr(args, DATA_FLAGS[0]):
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)  # now the command line overrides the defaults set above
-    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if args.eval_only else ())}
+        start, origin = load_checkpoint(path), folder
+        stored = start["args"]
+    else:
+        if not args.resume and (folder / "metrics.jsonl").exists():
+            parser.error(f"--out_dir {folder} holds a run: --resume continues it, --eval_only uses it")
+        if not getattr(args, DATA_FLAGS[0]):
+            parser.set_defaults(**DEMO)
+        if origin:
+            start = load_weights(origin)
+            parser.set_defaults(**(PUBLISHED if Path(origin).is_dir() else {}))
+            stored = {name: value for name, value in start["config"].items() if name in vars(args)}
+    parser.set_defaults(**stored)
+    given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
+    evaluates = args.eval_only or not args.resume
+    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if evaluates else ())}
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
         if name not in free and value != stored.get(name, value):
-            parser.error(f"--{name} {value} conflicts with the run in {folder}, which has {stored[name]}")
-    check(args, parser.error)
+            parser.error(f"--{name} {value} conflicts with {origin}, which has {stored[name]}")
+    check(args, given, parser.error)
     args.out_dir = str(folder)
     args.flags = dict(vars(args))  # with auto unresolved: for the checkpoint and wandb
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
@@ -873,32 +1118,40 @@ def parse_args(argv):
     if args.dtype == "auto":
         bfloat16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if bfloat16 else "float32"
-    return args, checkpoint
+    return args, start
 
 
 # ---- files ----
 
 
 def load_checkpoint(path):
-    """The checkpoint at path (see Run.save), its config as a Config. Raises DataError if it is not this script's."""
+    """The checkpoint at path (see Run.save). Raises DataError if it is not this script's."""
     with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": Config(**checkpoint["config"])}
+        Config(**checkpoint["config"])
+        return checkpoint
 
 
-def load_weights(model, path):
-    """--init_from: the weights of a checkpoint (averaged if there are any), or published ones. Raises DataError."""
-    with expecting("weights of this model (for .safetensors, pip install safetensors)", path):
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # the only use of this package
+def load_weights(path):
+    """For --init_from: {"weights": ..., "config": what comes with them, a dict}. Raises DataError.
 
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+    path: a run's checkpoint, whose averaged weights count if there are any, a published model's folder, or a file of
+    published weights, with which no config comes.
+    """
+    path, found = Path(path), {}
+    with expecting("a checkpoint or published weights (.safetensors: pip install safetensors)", path):
+        for file in sorted(path.glob("model*.safetensors")) or [path]:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                found |= load_file(file)
+            else:
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        config = read_folder(path) if path.is_dir() else found.get("config", {})
         for wrapper in ("ema", "model", "state_dict"):
-            weights = weights.get(wrapper) or weights
-        bare = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in weights.items()}
-        model.load_state_dict(to_our_names(bare))
+            found = found.get(wrapper) or found
+        weights = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in found.items()}
+        return {"weights": weights, "config": config}
 
 
 # ---- optimizer ----
@@ -925,7 +1178,7 @@ def make_optimizer(model, args):
 class Run:
     """All that changes during a run, how it is logged and how it is saved."""
 
-    def __init__(self, args, data, checkpoint):
+    def __init__(self, args, data, start):
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * WORLD  # samples of an update
         # The rows of an update that each micro-batch of this process takes: int64 [grad_accum, batch_size].
@@ -935,8 +1188,9 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = self.net = Model(data["config"]).to(args.device)
         self.model.grad_checkpoint = args.grad_checkpoint
-        if args.init_from and not checkpoint:
-            load_weights(self.model, args.init_from)
+        if "weights" in start:
+            with expecting("weights of this model", args.init_from):
+                self.model.load_state_dict(to_our_names(start["weights"], self.model))
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if args.ema_decay else None
         self.optimizer = make_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "float16")
@@ -964,8 +1218,8 @@ class Run:
             "log_size": 0,
             "wandb_id": None,
         }
-        if checkpoint:
-            self.restore(checkpoint)
+        if "step" in start:
+            self.restore(start)
         self.batches = training_batches(
             data["train"], data["collate"], args.device, args.seed, self.num_rows, self.parts, self.step
         )
@@ -1170,7 +1424,7 @@ def train(run):
 
 def launch(argv):
     """Evaluate or train, as the flags say. Returns the exit code."""
-    args, checkpoint = parse_args(argv)
+    args, start = parse_args(argv)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -1178,9 +1432,9 @@ def launch(argv):
         with expecting("processes started by torchrun", f"{WORLD} processes"):
             dist.init_process_group(f"cpu:gloo{',cuda:nccl' * (args.device.type == 'cuda')}")
         dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
-    data = make_data(args, checkpoint and checkpoint["config"])
+    data = make_data(args, start["config"])
     if not args.eval_only:
-        run = Run(args, data, checkpoint)
+        run = Run(args, data, start)
         with run.open_log(), catch_signals():
             say(
                 f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {size_of(data['train']):,} samples, "
@@ -1188,7 +1442,10 @@ def launch(argv):
             )
             return train(run)
     model = Model(data["config"]).to(args.device).eval()
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(start["model"])
+    if RANK == 0:  # not on stdout, where an answer may stand
+        warning = "" if start["step"] else "; warning: no later evaluation was better than the one before training"
+        print(f"{args.out_dir}/best.pt of step {start['step']}{warning}", file=sys.stderr)
     if "predict" not in data:
         metrics = evaluate(model, data, args)
         say(f"{describe(metrics)}\n{report(metrics)}")

@@ -24,6 +24,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,11 +37,14 @@ from unittest import mock
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, read when it loads: no chatter
 
+import jinja2
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import jepa_lm
@@ -370,7 +374,7 @@ def test_checkpointing_gives_the_same_gradient_and_keeps_less(script, amp):
 INITIAL = [
     ("nepa_deep", 640, 4, {"bias": (0, 0, 0), "scale": (1e-5, 0, 0), "norm": (1, 0, 0), "": (0, 0.02, 0)}),
     ("trm_deep", 512, 2, {"q_head.weight": (0, 0, 0), "bias": (-5, 0, 0), "init": (0, 1, 0), "": (0, 1, -0.5)}),
-    ("jepa_lm", 448, 2, {"embed|predictors": (0, 0.05, 0), "o.w|down": (0, 8**-0.5, -0.5), "": (0, 1, -0.5)}),
+    ("jepa_lm", 448, 2, {"embed|predictors": (0, 0.05, 0), "norm": (1, 0, 0), "": (0, 3**-0.5, -0.5)}),
 ]
 
 
@@ -379,7 +383,7 @@ def test_sizes_and_initialisation(script, inner, heads, rules):
     config = SCRIPTS[script].Config
     torch.manual_seed(0)
     model = SCRIPTS[script].Model(config(hidden_size=160, num_heads=4))
-    assert model.layers[0].down.weight.shape == (160, inner)
+    assert next(p for name, p in model.named_parameters() if "down" in name).shape == (160, inner)
     for name, p in model.named_parameters():
         mean, factor, exponent = next(rules[part] for part in rules if re.search(part, name))
         std = factor * p.shape[-1] ** exponent
@@ -1749,7 +1753,7 @@ def files_of(folder, train, val=OTHERS):
 def jepa_data(folder, chats, flags=""):
     """args, data of make_data, and collated(update): these chats as the only batch of an update."""
     args = parsed("jepa_lm", f"{TINY['jepa_lm']} --device cpu {files_of(folder, chats)} {flags}")
-    data = jepa_lm.make_data(args)
+    data = jepa_lm.make_data(args, {})
 
     def collated(update=0):
         return batch_of(data, np.arange(len(chats)), update) | {"step": update, "share": torch.ones(2)}
@@ -1759,13 +1763,13 @@ def jepa_data(folder, chats, flags=""):
 
 def tokens_of(messages):
     """Role, bytes, end of turn: as the docstring of encode says."""
-    role = {"system": 258, "user": 259, "assistant": 260}
-    return [t for m in messages for t in [role[m["role"]], *m["content"].encode(), 257]]
+    role = {"system": 257, "user": 258, "assistant": 259}
+    return [t for m in messages for t in [role[m["role"]], *m["content"].encode(), 256]]
 
 
 def naive_pairs(messages, args):
     """(tokens the prediction sees, tokens of the target), by splitting the text, without spans."""
-    head = [*tokens_of(messages[:-1]), 260]
+    head = [*tokens_of(messages[:-1]), 259]
     if args.view_based_jepa:
         return [(head[:-1], tokens_of(messages[-1:]))]
     steps = messages[-1]["content"].split("\n\n")
@@ -1784,13 +1788,13 @@ def naive_losses(model, chats, args):
     nll, predicted, target = [], [], []
     for messages in chats:
         tokens, at = tokens_of(messages), 0
-        log_p = (states(tokens) @ model.embed.weight.T).log_softmax(-1)
+        log_p = (states(tokens) @ model.embed_tokens.weight.T).log_softmax(-1)
         for message in messages:
             begin, at = at, at + len(tokens_of([message]))
             if message["role"] == "assistant":
                 nll += [-log_p[i, tokens[i + 1]] for i in range(begin, at - 1)]
         for context, step in naive_pairs(messages, args):
-            predicted.append(states(context + [261 + k for k in range(args.predictors)])[-1])
+            predicted.append(states(context + [260 + k for k in range(args.predictors)])[-1])
             with torch.set_grad_enabled(not args.stop_grad_target):
                 target.append(states(step)[-1])
     llm = torch.stack(nll).mean()
@@ -1821,25 +1825,34 @@ def test_packed_losses_and_gradients_equal_separate_passes(flags, tmp_path):
 
 
 def packed_states(model, batch):
-    mask = jepa_lm.packed_mask(batch["segment"], batch["limit"])
+    mask = jepa_lm.packed_mask(batch["start"], batch["limit"], batch["tokens"].shape[1])
     return model(batch["tokens"], batch["positions"], mask)
+
+
+def pieces_of(batch):
+    """What each place of packed rows belongs to: 0 the chat, then 1 for predictors, 2 for their step, ...; -1: nothing."""
+    pieces, chats = (batch["tokens"] >= 0).int() - 1, batch["tokens"].shape[1] - batch["start"].shape[1]
+    for row, starts in zip(pieces[:, chats:], batch["start"]):
+        row[row == 0] = 1 + starts[row == 0].unique(return_inverse=True)[1].int()
+    return pieces
 
 
 def test_what_may_not_be_seen_changes_nothing(tmp_path):
     """To the last bit: predictors change no state of the chat, the chat none of a step alone, padding none at all."""
     batch = jepa_data(tmp_path, RAGGED, "--num_prediction_steps 4")[2]()
-    model, segment = jepa_model(), batch["segment"]
-    h, ahead = packed_states(model, batch), (segment > 0) & (segment % 2 == 1)
+    model, pieces = jepa_model(), pieces_of(batch)
+    h, ahead, T = packed_states(model, batch), (pieces > 0) & (pieces % 2 == 1), pieces.shape[1]
+    after = (pieces == -1) & (torch.arange(T) < T - batch["start"].shape[1])  # padding between a chat and its pairs
     # A row of the mask without any True would give NaN in some kernels.
-    assert (segment == -1).any() and jepa_lm.packed_mask(segment, batch["limit"]).any(3).all()
+    assert (pieces == -1).any() and jepa_lm.packed_mask(batch["start"], batch["limit"], T).any(3).all()
     for row, messages in enumerate(RAGGED):
         tokens = tokens_of(messages)
         near(h[row, : len(tokens)], model(torch.tensor([tokens]))[0], 1e-5)
         here = torch.arange(4)[:, None] == row
-        for each in segment[row].unique():  # chat, predictors, steps, padding: one changed at a time
-            mine = here & (segment == each)
+        for each in pieces[row].unique():  # chat, predictors, steps, padding: one changed at a time
+            mine = here & (pieces == each)
             other = packed_states(model, {**batch, "tokens": torch.where(mine, 7, batch["tokens"])})
-            sees = mine | here & ahead & (each == 0)
+            sees = mine | here & (ahead | after) & (each == 0)
             assert torch.equal(other[~sees], h[~sees]) and (other[sees] != h[sees]).any(1).all()
     with torch.no_grad():
         model.predictors += 1.0
@@ -1851,14 +1864,217 @@ def test_the_language_model_does_not_depend_on_the_number_of_predictors():
     assert same(*(jepa_model(predictors=k).state_dict() | {"predictors": 0} for k in (0, 3)))
 
 
+def reference_lm(model, tokens):
+    """Llama and its kin in words, head by head and query by query, in float64: the logits [T, V]."""
+    c, weights = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+
+    def linear(rows, name):
+        return rows @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def norm(rows, name):
+        return ref_norm(rows, c.rms_norm_eps) * weights[f"{name}.weight"] if f"{name}.weight" in weights else rows
+
+    def angle(t, j, d):
+        turn = c.rope_theta ** (-2 * j / d)
+        if c.rope_scaling:
+            low, high, old = (c.rope_scaling[n + "factor"] for n in ("low_freq_", "high_freq_", ""))
+            length, wave = c.rope_scaling["original_max_position_embeddings"], 2 * math.pi / turn
+            m = (length / wave - low) / (high - low)
+            slow = wave > length / low
+            turn = turn / old if slow else turn if wave < length / high else (1 - m) * turn / old + m * turn
+        return t * turn
+
+    h = torch.cat([weights["embed_tokens.weight"], weights["predictors"]])[tokens]
+    for at in (f"layers.{i}." for i in range(c.num_layers)):
+        x, heads = norm(h, at + "input_layernorm"), []
+        queries, keys, values = (linear(x, f"{at}self_attn.{n}_proj").split(c.head_dim, 1) for n in "qkv")
+        for i, q in enumerate(queries):
+            k, v = (each[i // (len(queries) // len(keys))] for each in (keys, values))
+            q, k = (ref_rotate(norm(rows, f"{at}self_attn.{n}_norm"), angle) for n, rows in (("q", q), ("k", k)))
+            seen = [torch.softmax(k[: t + 1] @ q[t] / c.head_dim**0.5, 0) @ v[: t + 1] for t in range(len(x))]
+            heads.append(torch.stack(seen))
+        h = h + linear(torch.cat(heads, 1), at + "self_attn.o_proj")
+        x = norm(h, at + "post_attention_layernorm")
+        gate = linear(x, at + "mlp.gate_proj")
+        h = h + linear(gate * torch.sigmoid(gate) * linear(x, at + "mlp.up_proj"), at + "mlp.down_proj")
+    return norm(h, "norm") @ weights["embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"].T
+
+
 def test_model_equals_a_slow_reference():
     model, tokens = jepa_model(), [258, 65, 66, 10, 261]
-    weights, _, attention, swiglu = reference(model, head_norm=lambda rows, name: ref_norm(rows))
-    h = torch.cat([weights["embed.weight"], weights["predictors"]])[tokens]
-    for at in ("layers.0.", "layers.1."):
-        h = h + attention(ref_norm(h), at)
-        h = h + swiglu(ref_norm(h), at)
-    near(model(torch.tensor([tokens]))[0], ref_norm(h), 1e-5)
+    near(model.head(model(torch.tensor([tokens])))[0], reference_lm(model, tokens), 1e-5)
+
+
+# ==== jepa_lm.py: published models ===================================================================================
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "silu",
+    "intermediate_size": 48, "vocab_size": 300, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KINDS = {  # what config.json has instead, parameters it has beside those of Llama
+    "llama": ({"tie_word_embeddings": True, "rope_theta": 1e5, "num_key_value_heads": None}, []),
+    "llama3": (
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}, "attention_bias": True},
+        ["lm_head.weight", *(f"model.layers.{i}.self_attn.{n}_proj.bias" for i in (0, 1) for n in "qkvo")],
+    ),
+    "mistral": ({"model_type": "mistral", "sliding_window": 4096, "head_dim": None}, ["lm_head.weight"]),
+    "qwen2": (
+        {"model_type": "qwen2", "tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False},
+        [f"model.layers.{i}.self_attn.{n}_proj.bias" for i in (0, 1) for n in "qkv"],
+    ),
+    "qwen3": (
+        {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 12, "rope_parameters": {"rope_theta": 1e6}},
+        [f"model.layers.{i}.self_attn.{n}_norm.weight" for i in (0, 1) for n in "qk"],
+    ),
+}
+CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def hub_folder(folder, kind="qwen3", template=CHATML, shards=2, **changes):
+    """A folder with a tiny random model in the published names, as transformers writes it."""
+    more, extra = KINDS[kind]
+    config = {name: value for name, value in (LLAMA | more | changes).items() if value is not None}
+    D, d = config["hidden_size"], config.get("head_dim", 8)
+    queries, keys, inner = 4 * d, config.get("num_key_value_heads", 4) * d, config["intermediate_size"]
+    sizes = {"model.embed_tokens.weight": (300, D), "model.norm.weight": (D,)}
+    for at in ("model.layers.0.", "model.layers.1."):
+        for name, size in {
+            "self_attn.q_proj": (queries, D), "self_attn.k_proj": (keys, D), "self_attn.v_proj": (keys, D),
+            "self_attn.o_proj": (D, queries), "mlp.gate_proj": (inner, D), "mlp.up_proj": (inner, D),
+            "mlp.down_proj": (D, inner), "input_layernorm": (D,), "post_attention_layernorm": (D,),
+        }.items():  # fmt: skip
+            sizes[f"{at}{name}.weight"] = size
+    by_kind = {"lm_head.weight": (300, D), "q_norm.weight": (d,), "k_norm.weight": (d,), "o_proj.bias": (D,)}
+    by_kind |= {"q_proj.bias": (queries,), "k_proj.bias": (keys,), "v_proj.bias": (keys,)}
+    sizes |= {name: size for name in extra for end, size in by_kind.items() if name.endswith(end)}
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.2 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+    folder.mkdir()
+    for i, names in enumerate(np.array_split(sorted(weights), shards)):
+        part = {name: weights[name] for name in names}
+        save_file(
+            part,
+            folder / f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else folder / "model.safetensors",
+        )
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["<think> user assistant system the step one two three"] * 9, trainer)
+    tokenizer.enable_truncation(5)  # some files do, and must not
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
+    settings |= {"chat_template": template} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_published_model_equals_the_slow_reference(kind, tmp_path):
+    folder, tokens = hub_folder(tmp_path / "model", kind), [5, 299, 0, 17, *range(40, 60)]
+    model = jepa_lm.from_pretrained(folder)
+    near(model.head(model(torch.tensor([tokens])))[0], reference_lm(model, tokens), 2e-5)
+    near(model.predictors.std(), model.embed_tokens.weight.std(), 0.3)
+
+
+def test_what_a_folder_asks_for_and_we_do_not_have_is_named(tmp_path):
+    for i, (name, value) in enumerate({
+        "model_type": "gemma", "hidden_act": "gelu", "mlp_bias": True, "rope_scaling": {"type": "linear", "factor": 2},
+        "rope_parameters": {"rope_type": "yarn"}, "sliding_window": 500,
+    }.items()):  # fmt: skip
+        folder = hub_folder(tmp_path / str(i), "mistral" if name == "sliding_window" else "llama", **{name: value})
+        flags = f"--num_layers 2 --num_heads 4 {files_of(tmp_path, RAGGED)}"
+        _, said = stopped("jepa_lm", tmp_path / "run", f"--init_from {folder} {flags}")
+        word = {"rope_scaling": "rope_type", "rope_parameters": "rope_type"}.get(name, name)
+        assert word in said and ", expected" in said and "\n" not in said, said
+    hub_folder(tmp_path / "base", template=None)
+    _, said = stopped("jepa_lm", tmp_path / "run", f"--init_from {tmp_path / 'base'} {flags}")
+    assert "chat_template" in said and "Instruct" in said
+
+
+# Templates that trim the answer, put a space or an empty thought before it, or a date and a default system prompt.
+TRIMS = CHATML.replace("m['content']", "m['content'] | trim")
+SPACE = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+SPACE += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+THINKS = CHATML.replace(
+    "}}\n{{ m", "}}\n{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m"
+)
+DATED = "{{ strftime_now('%Y') }}{% if messages[0]['role'] != 'system' %}be brief{% endif %}" + CHATML
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+UPPER = CHATML.replace("m['content']", "m['content'] | upper")
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMS, SPACE, THINKS, DATED, REFUSES])
+def test_a_chat_is_what_its_template_renders_and_a_step_has_the_same_tokens_alone(template, tmp_path):
+    tokenizer = jepa_lm.open_tokenizer(hub_folder(tmp_path / "model", template=template))
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    chat_of_two = chat(" one ", user="first <think>") + chat("the step\n\ntwo\n \nthree\n", user="é?")
+    words = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "strftime_now": datetime.datetime.now().strftime}
+    text = plain.render(messages=chat_of_two, **words)
+    sample = jepa_lm.encode(chat_of_two, tokenizer=tokenizer)
+    assert tokenizer.decode(sample.tokens, True) == text
+    prompt = plain.render(messages=chat_of_two[:3], add_generation_prompt=True, **words)
+    assert tokenizer.decode(sample.tokens[: sample.answer], True) == prompt
+    steps = [sample.tokens[first:last].tolist() for first, last in sample.steps]
+    said = [" the step" if template == SPACE else "the step", "two", "three"]
+    assert steps == [tokenizer.tokens(step) for step in said]
+    learned = tokenizer.decode(sample.labels[sample.labels != -100], True)
+    lead = "<think>\n\n</think>\n\n" if template == THINKS else " " * (template == SPACE)
+    one, three = ("one", "three") if template == TRIMS else (" one ", "three\n")
+    one = " " + one if template == SPACE else one
+    assert learned == f"{one}<|im_end|>{lead}the step\n\ntwo\n \n{three}<|im_end|>"
+    assert len(jepa_lm.encode(chat_of_two, True, tokenizer).labels) == len(sample.tokens)
+    if template == REFUSES:
+        with pytest.raises(ValueError, match="no system"):
+            jepa_lm.encode(RAGGED[1], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("template", [UPPER, CHATML.replace("<|im_end|>", "")])
+def test_a_template_that_hides_the_answer_is_refused(template, tmp_path):
+    tokenizer = jepa_lm.open_tokenizer(hub_folder(tmp_path / "model", template=template))
+    with pytest.raises(ValueError, match="message 2"):
+        jepa_lm.encode(RAGGED[0], tokenizer=tokenizer)
+
+
+def test_a_published_model_is_fine_tuned_asked_and_exported_without_its_folder(tmp_path, capsys):
+    folder = hub_folder(tmp_path / "model", shards=1)
+    flags = f"--init_from {folder} {files_of(tmp_path, RAGGED)} --device cpu --batch_size 4 --max_train_steps 3"
+    for name, more in {"jepa": "--grad_checkpoint", "regular": "--regular", "zero": "--lbd 0"}.items():
+        run("jepa_lm", tmp_path / name, f"{flags} {more}", tiny=False)
+    assert same_run(tmp_path / "regular", tmp_path / "zero")
+    args, start = jepa_lm.parse_args(shlex.split(f"{flags} --out_dir {tmp_path / 'new'}"))
+    assert args.lr == jepa_lm.PUBLISHED["lr"]
+    data, model = jepa_lm.make_data(args, start["config"]), jepa_lm.from_pretrained(folder)
+    batch = batch_of(data, range(4), 0) | {"step": 0, "share": torch.ones(2)}
+    _, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
+    nll, distances = [], []
+    for sample in data["train"]:  # every text alone
+        h = model(torch.tensor(sample.tokens)[None])[0]
+        nll.append(F.cross_entropy(model.head(h), torch.tensor(sample.labels).long(), reduction="none"))
+        for (_, end), (first, last) in itertools.pairwise(sample.steps[:3]):
+            context = torch.tensor([*sample.tokens[:end], 300, 301])[None]
+            views = model(context)[0, -1], model(torch.tensor(sample.tokens[first:last])[None])[0, -1]
+            distances.append(1 - F.cosine_similarity(*views, dim=0))
+    near(sums["jepa_loss"][0] / sums["jepa_loss"][1], torch.stack(distances).mean(), 1e-4)
+    near(sums["llm_loss"][0], torch.cat(nll).sum(), 1e-4 * sums["llm_loss"][0])
+    shutil.rmtree(folder)
+    run("jepa_lm", tmp_path / "jepa", "--eval_only --prompt one --max_length 30", tiny=False)
+    said = capsys.readouterr()
+    assert "best.pt of step" in said.err and "an answer is cut at --max_length 30" in said.err
+    run("jepa_lm", tmp_path / "jepa", f"--eval_only --export {tmp_path / 'out'}", tiny=False)
+    best, again = load(tmp_path / "jepa", "best.pt"), jepa_lm.from_pretrained(tmp_path / "out")
+    assert all(
+        torch.equal(again.state_dict()[name], best["model"][name]) for name in best["model"].keys() - {"predictors"}
+    )
+    assert jepa_lm.open_tokenizer(tmp_path / "out").tokens("one")
 
 
 # ==== jepa_lm.py: chats ==============================================================================================
@@ -1868,10 +2084,10 @@ def test_every_answer_and_its_end_are_supervised_and_the_steps_are_those_of_the_
     sample = jepa_lm.encode(RAGGED[2])
     assert sample.tokens.tolist() == tokens_of(RAGGED[2])
     supervised = np.flatnonzero(sample.labels != -100)
-    assert sample.labels[supervised].tolist() == [*b"not\n\nthis one", 257, *b"1\n\n2\n\n3\n\n4\n\n5\n\nsix", 257]
+    assert sample.labels[supervised].tolist() == [*b"not\n\nthis one", 256, *b"1\n\n2\n\n3\n\n4\n\n5\n\nsix", 256]
     assert (sample.labels[supervised] == sample.tokens[supervised + 1]).all()
-    assert [jepa_lm.decode(sample.tokens[a:b]) for a, b in sample.steps] == ["1", "2", "3", "4", "5", "six"]
-    assert jepa_lm.decode(sample.tokens[sample.answer :]) == "1\n\n2\n\n3\n\n4\n\n5\n\nsix"
+    assert [jepa_lm.BYTES.decode(sample.tokens[a:b]) for a, b in sample.steps] == ["1", "2", "3", "4", "5", "six"]
+    assert jepa_lm.BYTES.decode(sample.tokens[sample.answer :]) == "1\n\n2\n\n3\n\n4\n\n5\n\nsix"
     whole = jepa_lm.encode(RAGGED[3], unmask_user=True)
     assert whole.labels.tolist() == [*tokens_of(RAGGED[3])[1:], -100]
 
@@ -1892,23 +2108,34 @@ def test_every_answer_and_its_end_are_supervised_and_the_steps_are_those_of_the_
 )
 def test_steps_are_what_blank_lines_separate_and_no_boundary_is_invented(text, steps):
     sample = jepa_lm.encode(chat(text))
-    assert [jepa_lm.decode(sample.tokens[a:b]) for a, b in sample.steps] == steps
+    assert [jepa_lm.BYTES.decode(sample.tokens[a:b]) for a, b in sample.steps] == steps
+
+
+ONE = chat("a")  # a question and its answer
+
+
+def row(*messages, **fields):
+    return json.dumps({"messages": messages, **fields})
 
 
 NO_CHATS = {  # a line -> a part of the error message
     "{": "Expecting property name enclosed in double quotes",
-    '{"text": "x"}': "'messages'",
-    '{"messages": "x"}': "indices must be integers",
-    '{"messages": []}': "roles none",
-    '{"messages": [{"role": "system", "content": "x"}]}': "roles 'system'",
-    json.dumps({"messages": RAGGED[2][:3]}): "roles 'user', 'assistant', 'user'",
-    json.dumps({"messages": RAGGED[0][::-1]}): "roles 'assistant', 'user'",
-    json.dumps({"messages": [*RAGGED[0], {"role": "tool\nx", "content": "x"}]}): "'assistant', 'tool\\nx'",
-    json.dumps({"messages": chat(3)}): "without a string",
-    json.dumps({"messages": chat(" \n\n")}): "the last answer is empty",
-    json.dumps({"messages": chat("a\ud800")}): "surrogates not allowed",
+    '{"text": "x"}': "the row has text, which would be dropped",
+    row(*ONE, tools=[1]): "the row has tools, which would be dropped",
+    row(ONE[0], ONE[1] | {"reasoning_content": "x"}): "message 2 has reasoning_content, which would be dropped",
+    '{"messages": "x"}': "message 1 is of type str",
+    row(): "roles none",
+    row({"role": "system", "content": "x"}): "roles 'system'",
+    row(*RAGGED[2][:3]): "roles 'user', 'assistant', 'user'",
+    row(*ONE[::-1]): "roles 'assistant', 'user'",
+    row(*ONE, {"role": "tool\nx", "content": "x"}): "'assistant', 'tool\\nx'",
+    row(ONE[0], {"role": "assistant", "content": [1]}): "message 2 has content of type list, expected text",
+    row({"role": "user"}, ONE[1]): "message 1 has content of type NoneType, expected text",
+    row(*chat(" \n\n")): "the last one is empty",
+    row(ONE[0], ONE[1] | {"weight": 0}): "no answer to learn",
+    row(*chat("a\ud800")): "surrogates not allowed",
     "[" * 100000: "recursion",
-    "\xff": "can't decode byte",
+    "\xff": "not UTF-8 text",
 }
 
 
@@ -1921,19 +2148,20 @@ def test_a_line_that_is_no_chat_is_named_or_left_out(bad, tmp_path, capsys):
     assert ", expected " in said and "--skip_bad_chats" in said and not (tmp_path / "run").exists()
     run("jepa_lm", tmp_path / "run", f"--train_file {path} --batch_size 2 --skip_bad_chats")
     said = capsys.readouterr().out
-    assert f"{path}: left out 1 lines that are no chats" in said and "of 3 chats" in said
+    reason = " ".join(NO_CHATS[bad].split()[:2])
+    assert re.search(f"{path}: left out 1 lines that are no chats: 1 x .*{re.escape(reason)}", said)
 
 
 LONGEST = len(tokens_of(RAGGED[3]))
 FEW = [chat(f"answer {i}", user="x" * i) for i in range(8)] + RAGGED[:1]
 FILES = [  # flags, chats to train on and to validate with, what is said of them
     ("", [], OTHERS, "error: .*/train: no chats, expected one on each line"),
-    ("--max_length 8", RAGGED, OTHERS, "error: .*/train: no chats, expected one on each line"),
+    ("--max_length 16", RAGGED, OTHERS, "error: .*/val: no chat is left to train or evaluate on"),
     (
         "--max_length 40",
         RAGGED[:2],
         RAGGED,
-        f"error: .*/val: 2 of 4 chats are longer than --max_length 40, expected --max_length {LONGEST}",
+        f"error: .*/val: 2 of 2 chats are longer than --max_length 40, expected --max_length {LONGEST}",
     ),
     (
         f"--max_length {LONGEST - 1}",
@@ -1954,10 +2182,39 @@ FILES = [  # flags, chats to train on and to validate with, what is said of them
 @pytest.mark.parametrize("flags,train,val,text", FILES)
 def test_chats_too_long_too_few_in_both_files_or_without_pairs_are_said(flags, train, val, text, tmp_path, capsys):
     try:
-        jepa_lm.make_data(parsed("jepa_lm", files_of(tmp_path, train, val) + flags))
+        jepa_lm.make_data(parsed("jepa_lm", files_of(tmp_path, train, val) + flags), {})
     except DataError as error:
         print(f"error: {error}")
     assert re.search(text, capsys.readouterr().out)
+
+
+def test_masked_answers_teach_nothing_and_what_follows_the_last_one_to_learn_is_left_out():
+    one, two = chat("one", user="1"), chat("two", user="2")
+    masked = one[0], one[1] | {"weight": 0}
+    sample = jepa_lm.encode([{"role": "system", "content": ""}, *masked, *two, two[0], one[1] | {"train": False}])
+    assert sample.tokens.tolist() == tokens_of(one + two)  # no empty system turn
+    assert bytes(sample.labels[sample.labels >= 0][:-1].astype(np.uint8)) == b"two"
+    whole = jepa_lm.encode([*masked, *two], unmask_user=True)
+    left_out = [i for i, label in enumerate(whole.labels[:-1]) if label == -100]
+    assert left_out == [3, 4, 5, 6]  # the bytes of the masked answer and its end
+
+
+def test_without_an_eval_file_a_random_tenth_validates_whatever_the_flags_of_an_evaluation(tmp_path, capsys):
+    chats = [chat("x" * (1 + i % 50), user=f"{i}") for i in range(100)]
+    flags = f"--train_file {write_chats(tmp_path / 'chats', chats)}"
+    run("jepa_lm", tmp_path / "run", flags)
+    args = parsed("jepa_lm", f"--eval_only --out_dir {tmp_path / 'run'}")
+    train, val = jepa_lm.load_chats(args, jepa_lm.BYTES)
+    assert (len(train), len(val)) == (90, 10)
+    places = sorted(int(jepa_lm.BYTES.decode(sample.tokens).rstrip("x")) for sample in val)
+    assert places[0] < 50 < places[-1] and places != list(range(90, 100))
+    args.max_length = 30
+    shorter = {sample.tokens.tobytes() for sample in jepa_lm.load_chats(args, jepa_lm.BYTES)[1]}
+    assert shorter == {sample.tokens.tobytes() for sample in val if len(sample.tokens) <= 30} and len(shorter) < 10
+    capsys.readouterr()
+    (tmp_path / "chats").unlink()
+    run("jepa_lm", tmp_path / "run", f"--eval_only --eval_file {write_chats(tmp_path / 'val', OTHERS)}", tiny=False)
+    assert f"warning: {tmp_path / 'chats'} is gone" in capsys.readouterr().out
 
 
 def readme_prompt():
@@ -1971,7 +2228,7 @@ def test_the_synthetic_dataset_is_as_described_and_holds_the_prompt_of_the_readm
     train, val = jepa_lm.synthetic_dataset(0, False)
     assert (len(train), len(val)) == (22553, 2505)
     for sample in train + val:
-        question, answer = (jepa_lm.decode(part) for part in np.split(sample.tokens, [sample.answer]))
+        question, answer = (jepa_lm.BYTES.decode(part) for part in np.split(sample.tokens, [sample.answer]))
         person, start, thing, *story = re.fullmatch(form, question).groups()
         value, steps = int(start), []
         for told in story:
@@ -2041,7 +2298,7 @@ def test_sigreg_drives_collapsed_views_apart():
     for _ in range(100):
         optimizer.zero_grad()
         directions = F.normalize(torch.randn(16, 64, generator=generator), dim=0)
-        jepa_lm.sigreg(jepa_lm.rms_norm(views), directions).backward()
+        jepa_lm.sigreg(F.rms_norm(views, (16,)), directions).backward()
         optimizer.step()
     assert abs(cosine() - 1 / 32) < 0.05
 
@@ -2054,7 +2311,7 @@ def test_the_losses_of_a_batch_are_the_functions_of_its_views(tmp_path):
     assert batch["text"].tolist() == [0, 0, 1]
     views = packed_states(model, batch).flatten(0, 1)[batch["ends"]]
     distance = jepa_lm.jepa_loss(views[:, 0], views[:, 1].detach(), "infonce", batch["text"])
-    spread = jepa_lm.sigreg(views.flatten(0, 1), batch["directions"])
+    spread = jepa_lm.sigreg(F.rms_norm(views.flatten(0, 1), (32,)), batch["directions"])
     right = 0.7 * (distance + 0.3 * spread)
     loss, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
     near(loss, right, 1e-5)
@@ -2070,9 +2327,9 @@ def test_batches_of_a_shuffled_file_have_little_padding(tmp_path):
     steps = [generator.integers(5, 60, generator.integers(1, 6)) for _ in range(2000)]
     flags = files_of(tmp_path, [chat("\n\n".join("x" * n for n in each)) for each in steps])
     for lbd, least in ((0.0, 0.8), (0.5, 0.85)):  # unsorted: about .65
-        data = jepa_lm.make_data(parsed("jepa_lm", f"{flags} --lbd {lbd}"))
+        data = jepa_lm.make_data(parsed("jepa_lm", f"{flags} --lbd {lbd}"), {})
         batches = training_batches(data["train"], data["collate"], "cpu", 0, 8, np.arange(8)[None])
-        used = torch.cat([(batch["tokens"] != 256).flatten() for batch in itertools.islice(batches, 64)])
+        used = torch.cat([(batch["tokens"] >= 0).flatten() for batch in itertools.islice(batches, 64)])
         assert used.float().mean() > least
 
 
@@ -2221,7 +2478,7 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
     flags += " --lr 1e-2 --lbd 0.1 --warmup_steps 5 --max_train_steps 120 --eval_interval 120 --device cpu"
     run("jepa_lm", out, flags, tiny=False)
     args = parsed("jepa_lm", f"--eval_only --out_dir {out} --batch_size 4")
-    data = jepa_lm.make_data(args) | {"val": [jepa_lm.encode(messages) for messages in test]}
+    data = jepa_lm.make_data(args, {}) | {"val": [jepa_lm.encode(messages) for messages in test]}
     weights, scores = load(out)["model"], []
     (out / "ckpt.pt").rename(out / "best.pt")  # the best one is untrained: these chats do not help with others
     for part in (0.0, 0.5, 1.0):
@@ -2231,9 +2488,9 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
         for sample in data["val"]:
             right = sample.tokens.tolist()
             tokens = right[: sample.answer]
-            while len(tokens) < len(right) and tokens[-1] != 257:
-                tokens.append(int((model(torch.tensor([tokens]))[0, -1] @ model.embed.weight.T).argmax()))
-            assert jepa_lm.generate(model, sample.tokens[: sample.answer], len(right)) == tokens
+            while len(tokens) < len(right) and tokens[-1] != 256:
+                tokens.append(int((model(torch.tensor([tokens]))[0, -1] @ model.embed_tokens.weight.T).argmax()))
+            assert jepa_lm.generate(model, sample.tokens[: sample.answer], len(right), 256) == tokens
             hits.append((tokens == right, tokens[: len(right) - 1] == right[:-1]))
         metrics = jepa_lm.evaluate(model, data, args)
         scores.append([metrics["exact_match"], metrics["prefix_match"]])
@@ -2252,6 +2509,11 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
     (tmp_path / "train").unlink()  # an evaluation on another file does without the training file
     shown = answer(f"--eval_file {write_chats(tmp_path / 'test', test)}")
     assert re.search(rf"^this model .*{scores[2][0]:8.4f}{scores[2][1]:8.4f}$", shown, re.M)
+    asked = write_chats(tmp_path / "asked", [test[3], test[2][:3], chat("?", user=question)])
+    answer(f"--prompt {asked} --answers {tmp_path / 'answers'}")
+    said = [json.loads(line)["messages"] for line in (tmp_path / "answers").read_text().splitlines()]
+    assert [messages[:-1] for messages in said] == [test[3][:1], test[2][:3], chat("?", user=question)[:1]]
+    assert said[1][-1] == RAGGED[2][3] and said[2][-1]["content"].split() == steps
     for bad, said in {
         "12345678 --max_length 9": "--prompt: 11 tokens, expected fewer than --max_length 9",
         "a\udcff": "--prompt or --system: .* surrogates not allowed, expected text in UTF-8",
@@ -2491,7 +2753,9 @@ def test_init_from_takes_the_averaged_weights_of_a_run_however_they_are_wrapped(
     for i, file in enumerate((tmp_path / "old" / "ckpt.pt", tmp_path / "old" / "best.pt", path)):
         new = run(script, tmp_path / str(i), f"--init_from {file} --max_train_steps 1")
         assert {**new[0], "step": 3} == old[-2]
-    name = next(iter(weights))
+    _, text = stopped(script, tmp_path / "new", f"--init_from {tmp_path / 'old/best.pt'} --hidden_size 64")
+    assert f"--hidden_size 64 conflicts with {tmp_path / 'old/best.pt'}, which has" in text
+    name = list(weights)[-1]
     torch.save(weights | {name: weights[name] * math.nan}, path)
     code, text = stopped(script, tmp_path / "a", f"--init_from {path}")
     assert code == 1 and re.match(r"error: step 0: (val \w+|norm of the weights) is nan", text)
@@ -2632,8 +2896,9 @@ BAD_METHOD_FLAGS = {
         "--gamma 0 --regular": "leaves nothing to learn",
         "--gamma 0 --lbd 0": "leaves nothing to learn",
         "--eval_file x": "--eval_file needs --train_file",
-        "--prompt x": "--prompt, and --system before it, need --eval_only",
-        "--system x": "--prompt, and --system before it, need --eval_only",
+        "--prompt x": "--prompt and --export need --eval_only",
+        "--system x": "--system and --answers need --prompt",
+        "--train_file a --train_file b": "--train_file is given twice",
         "--train_file /none": "error: [Errno 2] No such file or directory: '/none'",
         "--hidden_size 30": "error: hidden_size is 30, expected a multiple of 2 * num_heads = 16",
     },
