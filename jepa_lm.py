@@ -160,8 +160,7 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.grad_checkpoint = False
+        self.config, self.grad_checkpoint = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -294,10 +293,9 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
         distance = (p - t).norm(dim=-1)
     elif kind == "infonce":
         logits = p_unit @ t_unit.T / 0.07  # [P, P]
-        own = torch.arange(len(p), device=p.device)
         if text is not None:
             logits = logits.masked_fill((text[:, None] == text).fill_diagonal_(False), -math.inf)
-        distance = F.cross_entropy(logits, own, reduction="none")
+        distance = F.cross_entropy(logits, torch.arange(len(p), device=p.device), reduction="none")
     else:
         raise ValueError(f"unknown loss {kind!r}, expected cosine, mse, l2 or infonce")
     return distance.sum() / max(len(p), 1)
@@ -368,7 +366,8 @@ class Tokenizer:
         self.inner.no_truncation()
         self.inner.no_padding()
         special = [token.content for token in self.inner.get_added_tokens_decoder().values() if token.special]
-        self.special = re.compile("|".join(map(re.escape, sorted(special, reverse=True))))  # the longest first
+        # The longest first; without any, a pattern that never matches.
+        self.special = re.compile("|".join(map(re.escape, sorted(special, reverse=True))) or "(?!)")
         settings = json.loads(files["tokenizer_config.json"])
         template = files.get("chat_template.jinja") or settings["chat_template"]
         if isinstance(template, list):
@@ -407,7 +406,8 @@ class Sample(NamedTuple):
 
     @property
     def length(self):
-        return len(self.tokens)  # batches are sorted by it, and are the same for all flags
+        """Tokens of the chat alone: batches are sorted by it, and are the same for all flags."""
+        return len(self.tokens)
 
 
 # Between two steps: blank lines. And the white space after an answer.
@@ -479,6 +479,7 @@ def check_chat(messages):
         refuse_unknown(f"message {number}", message, "role", "content", "weight", "train")
         if not isinstance(content := message.get("content"), str):
             raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")
+        content.encode()  # raises for half a character: some halves are the byte vocabulary's special tokens
     roles = ", ".join(repr(message.get("role")) for message in messages)
     if not re.fullmatch("('system', )?('user', 'assistant'(, )?)+", roles):
         raise ValueError(f"roles {roles or 'none'}")
@@ -560,7 +561,7 @@ def synthetic_dataset(seed, unmask_user):
     """
 
     def events(value):
-        """What may happen: how it is told, how the answer writes it, the value after it."""
+        """What may happen: how it is told, how the answer writes it, and the value after it."""
         yield "doubles", "*2", value * 2
         for n in range(1, 10):
             yield f"gets {n}", f"+{n}", value + n
@@ -695,8 +696,12 @@ def compute_loss(model, batch, carry, args):
     h = model(tokens, batch["positions"] if P else None, mask).flatten(0, 1)  # [B * T, D]
     llm_loss = F.cross_entropy(unwrap(model).head(h[at]), batch["next"])
     loss = args.gamma * token_share * llm_loss
-    sums = {"valid_tokens": (N, B), "pairs": (P, B), "skipped": (batch["skipped"], B)}
-    sums["llm_loss"] = llm_loss.detach() * N, N
+    sums = {
+        "llm_loss": (llm_loss.detach() * N, N),
+        "valid_tokens": (N, B),
+        "pairs": (P, B),
+        "skipped": (batch["skipped"], B),
+    }
     if P:
         views = h[ends].float()  # [P, 2, D]
         predicted, target = views.unbind(1)
@@ -781,8 +786,8 @@ def respond(model, args, tokenizer):
         with autocast(args):
             said = generate(model, sample.tokens[: sample.answer], args.max_length, end)
         if said[-1] != end:
-            cut = f"an answer is cut at --max_length {args.max_length}, after a prompt of {sample.answer} tokens"
-            print(f"warning: {cut}", file=sys.stderr)
+            cut = f"cut at --max_length {args.max_length}, after a prompt of {sample.answer} tokens"
+            print(f"warning: an answer is {cut}", file=sys.stderr)
         return tokenizer.decode(said[sample.answer :])
 
     if not args.answers:
@@ -827,7 +832,7 @@ DATA_FLAGS = ("train_file", "eval_file")
 EVAL_FLAGS = ("prompt", "answers", "system", "export", "max_length", "skip_bad_chats")
 DEMO = {"num_layers": 2, "sigreg": 0.02, "batch_size": 16, "lr": 3e-3, "max_train_steps": 700}
 DEMO |= {"eval_interval": 100, "eval_samples": 512, "log_interval": 50}
-PUBLISHED = {"lr": 3e-4, "warmup_steps": 20, "weight_decay": 0.0}
+FINE_TUNING = {"lr": 3e-4, "warmup_steps": 20, "weight_decay": 0.0}
 
 
 def add_method_args(parser):
@@ -865,8 +870,8 @@ def check(args, given, error):
     """Refuse flags that make no sense together. given: those of the command line alone."""
     if args.eval_file and not (args.train_file or args.eval_only):
         error("--eval_file needs --train_file")
-    if (args.system or args.answers) and not args.prompt:
-        error("--system and --answers need --prompt")
+    if (args.system or args.answers) and (args.system and args.answers or not args.prompt):
+        error("--system needs --prompt QUESTION, --answers needs --prompt FILE")
     if (args.prompt or args.export) and (given.eval_file or not args.eval_only):
         error("--prompt and --export need --eval_only and the --out_dir of a run, and no --eval_file")
     for name in DATA_FLAGS:
@@ -879,7 +884,7 @@ def check(args, given, error):
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
 #   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder), what the
-#     folder of a published model says of Config, a dict; PUBLISHED: defaults of flags with such a folder
+#     folder of a published model says of Config, a dict; FINE_TUNING: defaults of flags with such a folder
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
 #   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), see there
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
@@ -1096,7 +1101,7 @@ def parse_args(argv):
             parser.set_defaults(**DEMO)
         if origin:
             start = load_weights(origin)
-            parser.set_defaults(**(PUBLISHED if Path(origin).is_dir() else {}))
+            parser.set_defaults(**(FINE_TUNING if Path(origin).is_dir() else {}))
             stored = {name: value for name, value in start["config"].items() if name in vars(args)}
     parser.set_defaults(**stored)
     given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
@@ -1167,9 +1172,11 @@ def learning_rate(step, args):
 
 def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused: one kernel for all parameters."""
-    matrices = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay}
-    vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], betas=(args.beta1, args.beta2), fused=True)
+    groups = []
+    for matrices in (True, False):
+        parameters = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
+        groups.append({"params": parameters, "weight_decay": args.weight_decay * matrices})
+    return torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
 
 
 # ---- the run ----
@@ -1444,8 +1451,8 @@ def launch(argv):
     model = Model(data["config"]).to(args.device).eval()
     model.load_state_dict(start["model"])
     if RANK == 0:  # not on stdout, where an answer may stand
-        warning = "" if start["step"] else "; warning: no later evaluation was better than the one before training"
-        print(f"{args.out_dir}/best.pt of step {start['step']}{warning}", file=sys.stderr)
+        step = start["step"] or "0, before training (warning: no later evaluation was better)"
+        print(f"{args.out_dir}/best.pt of step {step}", file=sys.stderr)
     if "predict" not in data:
         metrics = evaluate(model, data, args)
         say(f"{describe(metrics)}\n{report(metrics)}")

@@ -211,7 +211,7 @@ PUBLISHED = {  # patterns of published names -> ours, applied in this order
 }
 
 
-def to_our_names(weights, model):
+def to_our_names(weights, model=None):
     """Rename weights (dict of tensors or arrays) from published NEPA names, with or without `vit_nepa.`, to ours.
 
     Drops the weights of a classifier and says so. Our own names and unknown ones stay, for load_state_dict to check.
@@ -261,7 +261,7 @@ def from_official(config, weights):
     Raises ValueError for an unsupported model, RuntimeError for weights that do not fit.
     """
     model = Model(Config(**read_config(config)))
-    model.load_state_dict(to_our_names(weights, model))
+    model.load_state_dict(to_our_names(weights))
     return model
 
 
@@ -633,7 +633,7 @@ def probe(x, y, test_x, test_y):
 
 DATA_FLAGS = ("data_dir",)
 EVAL_FLAGS = ("probe_layer", "probe_samples", "features")
-PUBLISHED = {}
+FINE_TUNING = {}
 DEMO = {
     "hidden_size": 64,
     "num_layers": 4,
@@ -688,7 +688,7 @@ def check(args, given, error):
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
 #   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder), what the
-#     folder of a published model says of Config, a dict; PUBLISHED: defaults of flags with such a folder
+#     folder of a published model says of Config, a dict; FINE_TUNING: defaults of flags with such a folder
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
 #   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), see there
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
@@ -905,7 +905,7 @@ def parse_args(argv):
             parser.set_defaults(**DEMO)
         if origin:
             start = load_weights(origin)
-            parser.set_defaults(**(PUBLISHED if Path(origin).is_dir() else {}))
+            parser.set_defaults(**(FINE_TUNING if Path(origin).is_dir() else {}))
             stored = {name: value for name, value in start["config"].items() if name in vars(args)}
     parser.set_defaults(**stored)
     given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
@@ -976,9 +976,11 @@ def learning_rate(step, args):
 
 def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused: one kernel for all parameters."""
-    matrices = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay}
-    vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], betas=(args.beta1, args.beta2), fused=True)
+    groups = []
+    for matrices in (True, False):
+        parameters = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
+        groups.append({"params": parameters, "weight_decay": args.weight_decay * matrices})
+    return torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
 
 
 # ---- the run ----
@@ -1253,8 +1255,8 @@ def launch(argv):
     model = Model(data["config"]).to(args.device).eval()
     model.load_state_dict(start["model"])
     if RANK == 0:  # not on stdout, where an answer may stand
-        warning = "" if start["step"] else "; warning: no later evaluation was better than the one before training"
-        print(f"{args.out_dir}/best.pt of step {start['step']}{warning}", file=sys.stderr)
+        step = start["step"] or "0, before training (warning: no later evaluation was better)"
+        print(f"{args.out_dir}/best.pt of step {step}", file=sys.stderr)
     if "predict" not in data:
         metrics = evaluate(model, data, args)
         say(f"{describe(metrics)}\n{report(metrics)}")

@@ -9,6 +9,7 @@ import argparse
 import cmath
 import contextlib
 import copy
+import dataclasses
 import datetime
 import functools
 import inspect
@@ -919,7 +920,7 @@ def test_rows_halt_when_sure_or_at_the_last_step_but_not_before_their_minimum():
 
 
 def test_exploration_is_drawn_per_row_with_the_asked_probability_however_the_update_is_split():
-    data = trm_deep.make_data(parsed("trm_deep", "--halt_max_steps 4 --halt_exploration_prob 0.25"))
+    data = trm_deep.make_data(parsed("trm_deep", "--halt_max_steps 4 --halt_exploration_prob 0.25"), {})
     drawn = batch_of(data, range(4000), 7)["min_steps"]
     assert (drawn > 1).float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert torch.bincount(drawn)[2:].min() > 280 and len(torch.bincount(drawn)) == 5  # 2, 3 and 4 equally often
@@ -1118,13 +1119,13 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
 
     # Other data are read in the units of the run, and must fit it.
     args = parsed("trm_deep", f"--eval_only --out_dir {tmp_path}/0.006/run --data_folder {tmp_path}/1")
-    data = trm_deep.make_data(args, config)
+    data = trm_deep.make_data(args, dataclasses.asdict(config))
     assert data["config"] == config and data["collate"]({"sequence": x})["labels"].std() > 50
     for size in (8, 3):
         value = {"input_embeddings": x, "labels": torch.randn(200, 7, size)}
         args.data_folder = str(folder_with(tmp_path / f"size {size}", {"0.pt": value}))
         with pytest.raises(DataError, match=f"size {size}: .*'output_size': {size}, 'separate_labels': True.*"):
-            trm_deep.make_data(args, config)
+            trm_deep.make_data(args, dataclasses.asdict(config))
 
 
 def test_attention_is_causal_unless_asked_and_labels_have_a_scale_of_their_own(tmp_path, capsys):
@@ -1449,7 +1450,7 @@ def test_the_intermediate_loss_weight_and_its_metrics(tmp_path):
 def test_crops_and_the_one_scale_of_positions_belong_to_an_update_however_it_is_split(monkeypatch):
     scales, real, args, model = [], nepa_deep.rotary, parsed("nepa_deep", "--device cpu"), vit(num_layers=1)
     monkeypatch.setattr(nepa_deep, "rotary", lambda *inputs: scales.append(float(inputs[4])) or real(*inputs))
-    data = nepa_deep.make_data(args)
+    data = nepa_deep.make_data(args, {})
     for update in range(1000):
         whole, part = batch_of(data, range(4), update), batch_of(data, [5, 6], update, np.array([0, 2]))
         assert torch.equal(whole["boxes"][[0, 2]], part["boxes"])
@@ -1493,7 +1494,7 @@ def arrays(folder, images=(20, 8, 8, 3), labels=None, prefix=""):
 
 def opened(flags):
     """What make_data gives for these flags."""
-    return nepa_deep.make_data(parsed("nepa_deep", f"--device cpu {flags}"))
+    return nepa_deep.make_data(parsed("nepa_deep", f"--device cpu {flags}"), {})
 
 
 def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path, capsys):
@@ -1667,7 +1668,7 @@ def test_weights_ruined_by_the_last_update_stop_the_run_in_one_line(tmp_path):
 
 def set_up():
     args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON}")
-    data = nepa_deep.make_data(args)
+    data = nepa_deep.make_data(args, {})
     return nepa_deep.Model(data["config"]), data, args
 
 
@@ -1698,7 +1699,7 @@ def test_the_probes_see_uncut_images_and_their_pixels_in_file_order(monkeypatch)
     near(pixels, F.interpolate(images, 16, mode="bilinear", antialias=True).flatten(1))
     assert torch.equal(y, batch["labels"]) and len(test_y) == 20
     args.seed = 1
-    assert np.array_equal(nepa_deep.make_data(args)["known"]["images"].index, index)
+    assert np.array_equal(nepa_deep.make_data(args, {})["known"]["images"].index, index)
 
 
 def test_features_are_those_of_all_images_in_file_order_also_in_two_processes_and_overwrite_nothing(tmp_path):
@@ -1830,7 +1831,7 @@ def packed_states(model, batch):
 
 
 def pieces_of(batch):
-    """What each place of packed rows belongs to: 0 the chat, then 1 for predictors, 2 for their step, ...; -1: nothing."""
+    """What each place of packed rows belongs to: 0 the chat, 1 predictors, 2 their step, 3 and 4, ...; -1 nothing."""
     pieces, chats = (batch["tokens"] >= 0).int() - 1, batch["tokens"].shape[1] - batch["start"].shape[1]
     for row, starts in zip(pieces[:, chats:], batch["start"]):
         row[row == 0] = 1 + starts[row == 0].unique(return_inverse=True)[1].int()
@@ -2051,7 +2052,7 @@ def test_a_published_model_is_fine_tuned_asked_and_exported_without_its_folder(t
         run("jepa_lm", tmp_path / name, f"{flags} {more}", tiny=False)
     assert same_run(tmp_path / "regular", tmp_path / "zero")
     args, start = jepa_lm.parse_args(shlex.split(f"{flags} --out_dir {tmp_path / 'new'}"))
-    assert args.lr == jepa_lm.PUBLISHED["lr"]
+    assert args.lr == jepa_lm.FINE_TUNING["lr"]
     data, model = jepa_lm.make_data(args, start["config"]), jepa_lm.from_pretrained(folder)
     batch = batch_of(data, range(4), 0) | {"step": 0, "share": torch.ones(2)}
     _, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
@@ -2149,7 +2150,7 @@ def test_a_line_that_is_no_chat_is_named_or_left_out(bad, tmp_path, capsys):
     run("jepa_lm", tmp_path / "run", f"--train_file {path} --batch_size 2 --skip_bad_chats")
     said = capsys.readouterr().out
     reason = " ".join(NO_CHATS[bad].split()[:2])
-    assert re.search(f"{path}: left out 1 lines that are no chats: 1 x .*{re.escape(reason)}", said)
+    assert re.search(f"{path}: left out 1 lines that are no chats: .*{re.escape(reason)}", said)
 
 
 LONGEST = len(tokens_of(RAGGED[3]))
@@ -2168,13 +2169,12 @@ FILES = [  # flags, chats to train on and to validate with, what is said of them
         RAGGED,
         OTHERS,
         f"train: 1 of 4 chats are longer than --max_length {LONGEST - 1} and left out; the longest has {LONGEST} tokens"
-        "\npairs in 2 of 3 chats\n",
+        "\npairs in 2 of 3 chats; --view_based_jepa has one in each\n",
     ),
     ("", RAGGED, RAGGED[:3] + OTHERS, "left out 3 of 4 validation chats that are in the training data too"),
     ("", RAGGED, RAGGED[:3], "error: .*/val: no chat is left to train or evaluate on"),
-    ("", FEW, OTHERS, "pairs in 1 of 9 chats; warning: the others train the next-token loss alone"),
-    ("", RAGGED * 2, OTHERS, "pairs in 6 of 8 chats\n"),
-    ("--view_based_jepa", FEW, OTHERS, "pairs in 9 of 9 chats\n"),
+    ("", FEW, OTHERS, "pairs in 1 of 9 chats; --view_based_jepa has one in each"),
+    ("--view_based_jepa", FEW, OTHERS, "pairs in 9 of 9 chats"),
     ("--regular", FEW, OTHERS, "^$"),
 ]
 
@@ -2326,7 +2326,7 @@ def test_batches_of_a_shuffled_file_have_little_padding(tmp_path):
     generator = np.random.default_rng(0)
     steps = [generator.integers(5, 60, generator.integers(1, 6)) for _ in range(2000)]
     flags = files_of(tmp_path, [chat("\n\n".join("x" * n for n in each)) for each in steps])
-    for lbd, least in ((0.0, 0.8), (0.5, 0.85)):  # unsorted: about .65
+    for lbd, least in ((0.0, 0.9), (0.5, 0.8)):  # unsorted: about .65
         data = jepa_lm.make_data(parsed("jepa_lm", f"{flags} --lbd {lbd}"), {})
         batches = training_batches(data["train"], data["collate"], "cpu", 0, 8, np.arange(8)[None])
         used = torch.cat([(batch["tokens"] >= 0).flatten() for batch in itertools.islice(batches, 64)])
@@ -2383,15 +2383,6 @@ def test_regular_and_lbd_0_are_the_same_run_in_two_processes(tmp_path):
     zero = two_processes("jepa_lm", tmp_path / "zero", f"{flags} --lbd 0 --num_prediction_steps 2")
     assert regular == zero
     close(run("jepa_lm", tmp_path / "one", "--regular"), zero, 2e-5)
-
-
-def test_forced_pairs_change_neither_the_loss_nor_its_gradient(tmp_path, monkeypatch):
-    plain = run("jepa_lm", tmp_path / "plain", "--lbd 0")
-    calls = spied(monkeypatch)
-    forced = run("jepa_lm", tmp_path / "forced", "--lbd 0 --force_pairs")
-    assert not any(is_plain for _, is_plain in calls) and forced[1]["jepa_loss"] > 0
-    assert [line.pop("pairs") for line in of_split(plain + forced, "train")] == [0] * 6 + [2] * 6
-    close(plain, [{name: b[name] for name in a} for a, b in zip(plain, forced)], 1e-5)
 
 
 @pytest.mark.parametrize("flags", ["--lbd 0", "", "--view_based_jepa --stop_grad_target --gamma 0.5"])
@@ -2514,10 +2505,7 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
     said = [json.loads(line)["messages"] for line in (tmp_path / "answers").read_text().splitlines()]
     assert [messages[:-1] for messages in said] == [test[3][:1], test[2][:3], chat("?", user=question)[:1]]
     assert said[1][-1] == RAGGED[2][3] and said[2][-1]["content"].split() == steps
-    for bad, said in {
-        "12345678 --max_length 9": "--prompt: 11 tokens, expected fewer than --max_length 9",
-        "a\udcff": "--prompt or --system: .* surrogates not allowed, expected text in UTF-8",
-    }.items():
+    for bad, said in {"a\udcff": "--prompt or --system: .* surrogates not allowed, expected text in UTF-8"}.items():
         with pytest.raises(SystemExit, match=said):
             answer(f"--prompt {bad}")
 
@@ -2892,13 +2880,9 @@ BAD_METHOD_FLAGS = {
         "--features x.npy": "--features needs --eval_only",
     },
     "jepa_lm": {
-        "--jepa_loss infonce --batch_size 1": "--jepa_loss infonce needs --batch_size 2 or more",
-        "--gamma 0 --regular": "leaves nothing to learn",
-        "--gamma 0 --lbd 0": "leaves nothing to learn",
         "--eval_file x": "--eval_file needs --train_file",
         "--prompt x": "--prompt and --export need --eval_only",
-        "--system x": "--system and --answers need --prompt",
-        "--train_file a --train_file b": "--train_file is given twice",
+        "--system x": "--system needs --prompt QUESTION",
         "--train_file /none": "error: [Errno 2] No such file or directory: '/none'",
         "--hidden_size 30": "error: hidden_size is 30, expected a multiple of 2 * num_heads = 16",
     },
@@ -3150,7 +3134,7 @@ def test_8_gib_of_data_train_in_the_memory_of_a_small_set(tmp_path):
 def evaluate_200_times(rank):
     """Instead of a run; prints the growth of memory, files and threads over the last 150."""
     args = parsed("trm_deep", f"{TINY['trm_deep']} {COMMON} --eval_samples 8")
-    data = trm_deep.make_data(args)
+    data = trm_deep.make_data(args, {})
     model, used = trm_deep.Model(data["config"]).eval(), []
     for _ in range(200):
         trm_deep.evaluate(model, data, args)
@@ -3264,7 +3248,7 @@ class Update:
         """load: make every batch anew in the background, as training does; otherwise use the first one again."""
         self.script, self.args, self.load = SCRIPTS[script], parsed(script, flags), load
         with contextlib.redirect_stdout(None):  # what it says of the chats belongs to no table
-            data = self.script.make_data(self.args)
+            data = self.script.make_data(self.args, {})
         self.model = self.script.Model(data["config"]).to(self.args.device)
         self.model.grad_checkpoint = self.args.grad_checkpoint
         self.net = torch.compile(self.model) if self.args.compile == "on" else self.model

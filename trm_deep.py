@@ -251,7 +251,7 @@ class Model(nn.Module):
 RecursiveLLM = Model  # the name in the published training scripts
 
 
-def to_our_names(weights, model):
+def to_our_names(weights, model=None):
     """Weights (dict of arrays) renamed from the published names (see from_official) to this file's.
 
     The published token embedding is left out, and the second of its two halting logits.
@@ -276,7 +276,7 @@ def from_official(config, weights):
     inner.L_level.layers.0.self_attn.qkv_proj.weight and so on. Raises RuntimeError if one is missing or does not fit.
     """
     model = Model({"causal": False, **config})
-    model.load_state_dict(to_our_names(weights, model))
+    model.load_state_dict(to_our_names(weights))
     return model
 
 
@@ -439,7 +439,7 @@ def make_data(args, given):
     given: what a checkpoint says of Config, a dict. The weights fit any number of cycles: the flags say it.
     """
     if given:
-        given |= {name: getattr(args, name) for name in CYCLES} | {"learn_init": args.enable_deep_supervision}
+        given = given | {name: getattr(args, name) for name in CYCLES} | {"learn_init": args.enable_deep_supervision}
     EXAMPLE.clear()  # of an earlier run in this process
     if args.predict:
         return {"config": Config(**given), "predict": functools.partial(predict, args=args)}
@@ -677,7 +677,7 @@ DATA_FLAGS = ("data_folder",)
 EVAL_FLAGS = ("predict", "rollout", "halt_cosine", "eval_halt", *CYCLES)
 DEMO = {"hidden_size": 128, "num_heads": 4, "L_layers": 1, "L_cycles": 2, "halt_max_steps": 1, "bidirectional": True}
 DEMO |= {"batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.5, "ema_decay": 0.98}
-PUBLISHED = {}
+FINE_TUNING = {}
 DEMO |= {"max_train_steps": 1000, "curriculum_end_step": 600, "eval_interval": 200}
 
 
@@ -736,7 +736,7 @@ def check(args, given, error):
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
 #   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder), what the
-#     folder of a published model says of Config, a dict; PUBLISHED: defaults of flags with such a folder
+#     folder of a published model says of Config, a dict; FINE_TUNING: defaults of flags with such a folder
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
 #   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), see there
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
@@ -953,7 +953,7 @@ def parse_args(argv):
             parser.set_defaults(**DEMO)
         if origin:
             start = load_weights(origin)
-            parser.set_defaults(**(PUBLISHED if Path(origin).is_dir() else {}))
+            parser.set_defaults(**(FINE_TUNING if Path(origin).is_dir() else {}))
             stored = {name: value for name, value in start["config"].items() if name in vars(args)}
     parser.set_defaults(**stored)
     given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
@@ -1024,9 +1024,11 @@ def learning_rate(step, args):
 
 def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused: one kernel for all parameters."""
-    matrices = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay}
-    vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], betas=(args.beta1, args.beta2), fused=True)
+    groups = []
+    for matrices in (True, False):
+        parameters = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
+        groups.append({"params": parameters, "weight_decay": args.weight_decay * matrices})
+    return torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
 
 
 # ---- the run ----
@@ -1301,8 +1303,8 @@ def launch(argv):
     model = Model(data["config"]).to(args.device).eval()
     model.load_state_dict(start["model"])
     if RANK == 0:  # not on stdout, where an answer may stand
-        warning = "" if start["step"] else "; warning: no later evaluation was better than the one before training"
-        print(f"{args.out_dir}/best.pt of step {start['step']}{warning}", file=sys.stderr)
+        step = start["step"] or "0, before training (warning: no later evaluation was better)"
+        print(f"{args.out_dir}/best.pt of step {step}", file=sys.stderr)
     if "predict" not in data:
         metrics = evaluate(model, data, args)
         say(f"{describe(metrics)}\n{report(metrics)}")
