@@ -526,18 +526,23 @@ def ref_rotate(rows, angle):
     return out
 
 
-def reference(model, angle=ref_angle, causal=True, head_norm=lambda rows, name: rows):
+def reference(model, angle=ref_angle, causal=True, head_norm=lambda rows, name: rows, rename=str):
     """What all models are made of, in words, for one sample in float64: weights by name, functions of rows [T, D]."""
-    weights = {name: p.detach().double() for name, p in model.named_parameters()}
-    d = model.config.hidden_size // model.config.num_heads
+    c, weights = model.config, {}
+    for name, p in model.named_parameters():  # those that get one name are one matrix
+        before = [weights[rename(name)]] if rename(name) in weights else []
+        weights[rename(name)] = torch.cat([*before, p.detach().double()])
+    d, n = getattr(c, "head_dim", c.hidden_size // c.num_heads), c.num_heads
 
     def linear(rows, name):
         return rows @ weights[f"{name}.weight"].flatten(1).T + weights.get(f"{name}.bias", 0)
 
     def attention(rows, at):
         """Head by head and query by query."""
-        heads = []
-        for q, k, v in zip(*(part.split(d, 1) for part in linear(rows, at + "qkv").chunk(3, 1)), strict=True):
+        parts, heads = linear(rows, at + "qkv").split(d, 1), []
+        keys = (len(parts) - n) // 2
+        for i, q in enumerate(parts[:n]):
+            k, v = parts[n + i * keys // n :: keys]
             q, k = ref_rotate(head_norm(q, at + "q_norm"), angle), ref_rotate(head_norm(k, at + "k_norm"), angle)
             sees = [slice(t + 1 if causal else None) for t in range(len(rows))]
             heads.append(torch.stack([torch.softmax(k[s] @ q[t] / d**0.5, 0) @ v[s] for t, s in enumerate(sees)]))
@@ -1782,20 +1787,28 @@ def naive_pairs(messages, args):
 
 def naive_losses(model, chats, args):
     """Every chat, prediction and target in a separate pass, without padding or mask: losses, pairs, answer tokens."""
+    parts = []
+    for messages in chats:
+        learned, at = [], 0
+        for message in messages:
+            begin, at = at, at + len(tokens_of([message]))
+            learned += range(begin, at - 1) if message["role"] == "assistant" else []
+        parts.append((tokens_of(messages), learned, naive_pairs(messages, args)))
+    return separate_losses(model, parts, args)
+
+
+def separate_losses(model, chats, args):
+    """The same for (tokens, the places that learn their next token, pairs of tokens: of the prediction, the target)."""
 
     def states(tokens):
         return model(torch.tensor([tokens]))[0]
 
     nll, predicted, target = [], [], []
-    for messages in chats:
-        tokens, at = tokens_of(messages), 0
-        log_p = (states(tokens) @ model.embed_tokens.weight.T).log_softmax(-1)
-        for message in messages:
-            begin, at = at, at + len(tokens_of([message]))
-            if message["role"] == "assistant":
-                nll += [-log_p[i, tokens[i + 1]] for i in range(begin, at - 1)]
-        for context, step in naive_pairs(messages, args):
-            predicted.append(states(context + [260 + k for k in range(args.predictors)])[-1])
+    for tokens, learned, pairs in chats:
+        log_p = model.head(states(tokens)).log_softmax(-1)
+        nll += [-log_p[i, tokens[i + 1]] for i in learned]
+        for context, step in pairs:
+            predicted.append(states(context + [model.config.vocab_size + k for k in range(args.predictors)])[-1])
             with torch.set_grad_enabled(not args.stop_grad_target):
                 target.append(states(step)[-1])
     llm = torch.stack(nll).mean()
@@ -1866,11 +1879,8 @@ def test_the_language_model_does_not_depend_on_the_number_of_predictors():
 
 
 def reference_lm(model, tokens):
-    """Llama and its kin in words, head by head and query by query, in float64: the logits [T, V]."""
-    c, weights = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-
-    def linear(rows, name):
-        return rows @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+    """Llama and its kin in words: the logits [T, V]."""
+    c = model.config
 
     def norm(rows, name):
         return ref_norm(rows, c.rms_norm_eps) * weights[f"{name}.weight"] if f"{name}.weight" in weights else rows
@@ -1885,19 +1895,15 @@ def reference_lm(model, tokens):
             turn = turn / old if slow else turn if wave < length / high else (1 - m) * turn / old + m * turn
         return t * turn
 
+    def rename(name):
+        name = re.sub(r"self_attn\.|mlp\.|_proj", "", name)
+        return re.sub(r"\b(gate|up)\b", "gate_up", re.sub(r"\b[qkv]\b", "qkv", name))
+
+    weights, _, attention, swiglu = reference(model, angle, head_norm=norm, rename=rename)
     h = torch.cat([weights["embed_tokens.weight"], weights["predictors"]])[tokens]
     for at in (f"layers.{i}." for i in range(c.num_layers)):
-        x, heads = norm(h, at + "input_layernorm"), []
-        queries, keys, values = (linear(x, f"{at}self_attn.{n}_proj").split(c.head_dim, 1) for n in "qkv")
-        for i, q in enumerate(queries):
-            k, v = (each[i // (len(queries) // len(keys))] for each in (keys, values))
-            q, k = (ref_rotate(norm(rows, f"{at}self_attn.{n}_norm"), angle) for n, rows in (("q", q), ("k", k)))
-            seen = [torch.softmax(k[: t + 1] @ q[t] / c.head_dim**0.5, 0) @ v[: t + 1] for t in range(len(x))]
-            heads.append(torch.stack(seen))
-        h = h + linear(torch.cat(heads, 1), at + "self_attn.o_proj")
-        x = norm(h, at + "post_attention_layernorm")
-        gate = linear(x, at + "mlp.gate_proj")
-        h = h + linear(gate * torch.sigmoid(gate) * linear(x, at + "mlp.up_proj"), at + "mlp.down_proj")
+        h = h + attention(norm(h, at + "input_layernorm"), at)
+        h = h + swiglu(norm(h, at + "post_attention_layernorm"), at)
     return norm(h, "norm") @ weights["embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"].T
 
 
@@ -1909,172 +1915,154 @@ def test_model_equals_a_slow_reference():
 # ==== jepa_lm.py: published models ===================================================================================
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "silu",
-    "intermediate_size": 48, "vocab_size": 300, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+    "intermediate_size": 48, "hidden_act": "silu", "rms_norm_eps": 1e-5,
 }  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-KINDS = {  # what config.json has instead, parameters it has beside those of Llama
-    "llama": ({"tie_word_embeddings": True, "rope_theta": 1e5, "num_key_value_heads": None}, []),
-    "llama3": (
-        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}, "attention_bias": True},
-        ["lm_head.weight", *(f"model.layers.{i}.self_attn.{n}_proj.bias" for i in (0, 1) for n in "qkvo")],
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES = {  # model_type -> the base of RoPE, what else stands in config.json, parameters of attention beside Llama's
+    "llama": (
+        5e5,
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "attention_bias": True},
+        "q_proj.bias k_proj.bias v_proj.bias o_proj.bias",
     ),
-    "mistral": ({"model_type": "mistral", "sliding_window": 4096, "head_dim": None}, ["lm_head.weight"]),
+    "mistral": (1e4, {"sliding_window": 4096, "head_dim": None}, ""),
     "qwen2": (
-        {"model_type": "qwen2", "tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False},
-        [f"model.layers.{i}.self_attn.{n}_proj.bias" for i in (0, 1) for n in "qkv"],
+        1e6,
+        {"rope_theta": 1e6, "tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False},
+        "q_proj.bias k_proj.bias v_proj.bias",
     ),
     "qwen3": (
-        {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 12, "rope_parameters": {"rope_theta": 1e6}},
-        [f"model.layers.{i}.self_attn.{n}_norm.weight" for i in (0, 1) for n in "qk"],
+        1e6,
+        {"rope_parameters": {"rope_theta": 1e6}, "tie_word_embeddings": True, "head_dim": 12},
+        "q_norm.weight k_norm.weight",
     ),
 }
+LAYER = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+LAYER += " input_layernorm post_attention_layernorm"
 CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 {{ m['content'] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
 
-def hub_folder(folder, kind="qwen3", template=CHATML, shards=2, **changes):
+def hub_folder(folder, family="qwen3", template=CHATML, **changes):
     """A folder with a tiny random model in the published names, as transformers writes it."""
-    more, extra = KINDS[kind]
-    config = {name: value for name, value in (LLAMA | more | changes).items() if value is not None}
-    D, d = config["hidden_size"], config.get("head_dim", 8)
-    queries, keys, inner = 4 * d, config.get("num_key_value_heads", 4) * d, config["intermediate_size"]
-    sizes = {"model.embed_tokens.weight": (300, D), "model.norm.weight": (D,)}
-    for at in ("model.layers.0.", "model.layers.1."):
-        for name, size in {
-            "self_attn.q_proj": (queries, D), "self_attn.k_proj": (keys, D), "self_attn.v_proj": (keys, D),
-            "self_attn.o_proj": (D, queries), "mlp.gate_proj": (inner, D), "mlp.up_proj": (inner, D),
-            "mlp.down_proj": (D, inner), "input_layernorm": (D,), "post_attention_layernorm": (D,),
-        }.items():  # fmt: skip
-            sizes[f"{at}{name}.weight"] = size
-    by_kind = {"lm_head.weight": (300, D), "q_norm.weight": (d,), "k_norm.weight": (d,), "o_proj.bias": (D,)}
-    by_kind |= {"q_proj.bias": (queries,), "k_proj.bias": (keys,), "v_proj.bias": (keys,)}
-    sizes |= {name: size for name in extra for end, size in by_kind.items() if name.endswith(end)}
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: 0.2 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+    _, more, extra = FAMILIES[family]
+    config = LLAMA | {"model_type": family} | more | changes
+    D, d, inner = 32, config.get("head_dim") or 8, 48
+    parts = [f"{part}.weight" for part in LAYER.split()] + [f"self_attn.{part}" for part in extra.split()]
+    names = [f"model.layers.{i}.{part}" for i in (0, 1) for part in parts]
+    names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    sizes = {"[qk]_norm": (d,), "norm": (D,), "embed|head": (300, D), "q_proj": (4 * d, D), "[kv]_proj": (2 * d, D)}
+    sizes |= {"o_proj": (D, 4 * d), "gate|up": (inner, D), "down": (D, inner)}
     folder.mkdir()
-    for i, names in enumerate(np.array_split(sorted(weights), shards)):
-        part = {name: weights[name] for name in names}
-        save_file(
-            part,
-            folder / f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else folder / "model.safetensors",
-        )
+    for shard in ("00001", "00002"):
+        weights = {}
+        for name in names[int(shard) - 1 : len(names) - config.get("tie_word_embeddings", False) : 2]:
+            size = next(size for part, size in sizes.items() if re.search(part, name))
+            weights[name] = 0.2 * torch.randn(size[:1] if "bias" in name else size)
+        save_file(weights, folder / f"model-{shard}-of-00002.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(["<think> user assistant system the step one two three"] * 9, trainer)
+    tokenizer, special = tokenizers.ByteLevelBPETokenizer(), ["<|im_start|>", "<|im_end|>"]
+    words = ["<think> user assistant system the step one two three"] * 9
+    tokenizer.train_from_iterator(words, 300, show_progress=False, special_tokens=special)
     tokenizer.enable_truncation(5)  # some files do, and must not
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
-    settings |= {"chat_template": template} if template else {}
+    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_published_model_equals_the_slow_reference(kind, tmp_path):
-    folder, tokens = hub_folder(tmp_path / "model", kind), [5, 299, 0, 17, *range(40, 60)]
-    model = jepa_lm.from_pretrained(folder)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_published_model_equals_the_slow_reference(family, tmp_path):
+    tokens, model = [5, 299, 0, 17, *range(40, 60)], jepa_lm.from_pretrained(hub_folder(tmp_path / "model", family))
+    assert (model.config.rope_theta, model.config.rms_norm_eps) == (FAMILIES[family][0], 1e-5)
     near(model.head(model(torch.tensor([tokens])))[0], reference_lm(model, tokens), 2e-5)
     near(model.predictors.std(), model.embed_tokens.weight.std(), 0.3)
 
 
 def test_what_a_folder_asks_for_and_we_do_not_have_is_named(tmp_path):
-    for i, (name, value) in enumerate({
+    for name, value in {
         "model_type": "gemma", "hidden_act": "gelu", "mlp_bias": True, "rope_scaling": {"type": "linear", "factor": 2},
-        "rope_parameters": {"rope_type": "yarn"}, "sliding_window": 500,
-    }.items()):  # fmt: skip
-        folder = hub_folder(tmp_path / str(i), "mistral" if name == "sliding_window" else "llama", **{name: value})
-        flags = f"--num_layers 2 --num_heads 4 {files_of(tmp_path, RAGGED)}"
-        _, said = stopped("jepa_lm", tmp_path / "run", f"--init_from {folder} {flags}")
-        word = {"rope_scaling": "rope_type", "rope_parameters": "rope_type"}.get(name, name)
-        assert word in said and ", expected" in said and "\n" not in said, said
-    hub_folder(tmp_path / "base", template=None)
-    _, said = stopped("jepa_lm", tmp_path / "run", f"--init_from {tmp_path / 'base'} {flags}")
-    assert "chat_template" in said and "Instruct" in said
+        "rope_parameters": {"rope_type": "yarn"}, "sliding_window": 500, "chat_template": None,
+    }.items():  # fmt: skip
+        folder = hub_folder(tmp_path / name, "mistral", **{name: value})
+        if name == "chat_template":  # of a base model
+            (folder / "tokenizer_config.json").write_text("{}")
+        _, said = stopped("jepa_lm", tmp_path / "run", f"--init_from {folder}", tiny=False)
+        word = "rope_type" if "rope" in name else name
+        assert word in said and ", expected" in said and "\n" not in said
+    assert "Instruct" in said
 
 
-# Templates that trim the answer, put a space or an empty thought before it, or a date and a default system prompt.
 TRIMS = CHATML.replace("m['content']", "m['content'] | trim")
 SPACE = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
 SPACE += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 THINKS = CHATML.replace(
     "}}\n{{ m", "}}\n{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m"
 )
-DATED = "{{ strftime_now('%Y') }}{% if messages[0]['role'] != 'system' %}be brief{% endif %}" + CHATML
-REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-UPPER = CHATML.replace("m['content']", "m['content'] | upper")
+DATED = "{{ strftime_now('%Y') }}{% if messages[0]['role'] != 'system' %}be brief{% else %}"
+DATED += "{{ raise_exception('no system') }}{% endif %}" + CHATML
+TEMPLATES = {  # template -> what is learned of a chat; None: refused, as the answer or its end is hidden
+    CHATML: " one <|im_end|>the step\n\ntwo\n \nthree\n<|im_end|>",
+    TRIMS: "one<|im_end|>the step\n\ntwo\n \nthree<|im_end|>",
+    SPACE: "  one <|im_end|> the step\n\ntwo\n \nthree\n<|im_end|>",
+    THINKS: " one <|im_end|><think>\n\n</think>\n\nthe step\n\ntwo\n \nthree\n<|im_end|>",
+    DATED: " one <|im_end|>the step\n\ntwo\n \nthree\n<|im_end|>",
+    CHATML.replace("m['content']", "m['content'] | upper"): None,
+    CHATML.replace("<|im_end|>", ""): None,
+}
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMS, SPACE, THINKS, DATED, REFUSES])
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_a_chat_is_what_its_template_renders_and_a_step_has_the_same_tokens_alone(template, tmp_path):
     tokenizer = jepa_lm.open_tokenizer(hub_folder(tmp_path / "model", template=template))
-    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
     chat_of_two = chat(" one ", user="first <think>") + chat("the step\n\ntwo\n \nthree\n", user="é?")
+    if not TEMPLATES[template]:
+        with pytest.raises(ValueError, match="message 2"):
+            jepa_lm.encode(chat_of_two, tokenizer=tokenizer)
+        return
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
     words = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "strftime_now": datetime.datetime.now().strftime}
-    text = plain.render(messages=chat_of_two, **words)
     sample = jepa_lm.encode(chat_of_two, tokenizer=tokenizer)
-    assert tokenizer.decode(sample.tokens, True) == text
+    assert tokenizer.decode(sample.tokens, True) == plain.render(messages=chat_of_two, **words)
     prompt = plain.render(messages=chat_of_two[:3], add_generation_prompt=True, **words)
     assert tokenizer.decode(sample.tokens[: sample.answer], True) == prompt
-    steps = [sample.tokens[first:last].tolist() for first, last in sample.steps]
-    said = [" the step" if template == SPACE else "the step", "two", "three"]
-    assert steps == [tokenizer.tokens(step) for step in said]
-    learned = tokenizer.decode(sample.labels[sample.labels != -100], True)
-    lead = "<think>\n\n</think>\n\n" if template == THINKS else " " * (template == SPACE)
-    one, three = ("one", "three") if template == TRIMS else (" one ", "three\n")
-    one = " " + one if template == SPACE else one
-    assert learned == f"{one}<|im_end|>{lead}the step\n\ntwo\n \n{three}<|im_end|>"
-    assert len(jepa_lm.encode(chat_of_two, True, tokenizer).labels) == len(sample.tokens)
-    if template == REFUSES:
+    steps = [" the step" if template == SPACE else "the step", "two", "three"]
+    assert [sample.tokens[a:b].tolist() for a, b in sample.steps] == [tokenizer.tokens(step) for step in steps]
+    assert tokenizer.decode(sample.labels[sample.labels != -100], True) == TEMPLATES[template]
+    if template == DATED:
         with pytest.raises(ValueError, match="no system"):
             jepa_lm.encode(RAGGED[1], tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("template", [UPPER, CHATML.replace("<|im_end|>", "")])
-def test_a_template_that_hides_the_answer_is_refused(template, tmp_path):
-    tokenizer = jepa_lm.open_tokenizer(hub_folder(tmp_path / "model", template=template))
-    with pytest.raises(ValueError, match="message 2"):
-        jepa_lm.encode(RAGGED[0], tokenizer=tokenizer)
-
-
 def test_a_published_model_is_fine_tuned_asked_and_exported_without_its_folder(tmp_path, capsys):
-    folder = hub_folder(tmp_path / "model", shards=1)
+    folder, out = hub_folder(tmp_path / "model"), tmp_path / "run"
     flags = f"--init_from {folder} {files_of(tmp_path, RAGGED)} --device cpu --batch_size 4 --max_train_steps 3"
-    for name, more in {"jepa": "--grad_checkpoint", "regular": "--regular", "zero": "--lbd 0"}.items():
-        run("jepa_lm", tmp_path / name, f"{flags} {more}", tiny=False)
-    assert same_run(tmp_path / "regular", tmp_path / "zero")
-    args, start = jepa_lm.parse_args(shlex.split(f"{flags} --out_dir {tmp_path / 'new'}"))
+    args, start = jepa_lm.parse_args(shlex.split(flags))
     assert args.lr == jepa_lm.FINE_TUNING["lr"]
     data, model = jepa_lm.make_data(args, start["config"]), jepa_lm.from_pretrained(folder)
+    chats = []
+    for tokens, labels, steps, _ in data["train"]:
+        tokens = tokens.tolist()
+        pairs = [(tokens[:end], tokens[slice(*target)]) for (_, end), target in itertools.pairwise(steps[:3])]
+        chats.append((tokens, np.flatnonzero(labels != -100), pairs))
     batch = batch_of(data, range(4), 0) | {"step": 0, "share": torch.ones(2)}
-    _, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
-    nll, distances = [], []
-    for sample in data["train"]:  # every text alone
-        h = model(torch.tensor(sample.tokens)[None])[0]
-        nll.append(F.cross_entropy(model.head(h), torch.tensor(sample.labels).long(), reduction="none"))
-        for (_, end), (first, last) in itertools.pairwise(sample.steps[:3]):
-            context = torch.tensor([*sample.tokens[:end], 300, 301])[None]
-            views = model(context)[0, -1], model(torch.tensor(sample.tokens[first:last])[None])[0, -1]
-            distances.append(1 - F.cosine_similarity(*views, dim=0))
-    near(sums["jepa_loss"][0] / sums["jepa_loss"][1], torch.stack(distances).mean(), 1e-4)
-    near(sums["llm_loss"][0], torch.cat(nll).sum(), 1e-4 * sums["llm_loss"][0])
+    loss, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
+    llm, jepa, *counts = separate_losses(model, chats, args)
+    near(loss, llm + 0.5 * jepa)
+    assert [sums["pairs"][0], sums["valid_tokens"][0]] == counts
+    run("jepa_lm", out, f"{flags} --grad_checkpoint", tiny=False)
     shutil.rmtree(folder)
-    run("jepa_lm", tmp_path / "jepa", "--eval_only --prompt one --max_length 30", tiny=False)
-    said = capsys.readouterr()
-    assert "best.pt of step" in said.err and "an answer is cut at --max_length 30" in said.err
-    run("jepa_lm", tmp_path / "jepa", f"--eval_only --export {tmp_path / 'out'}", tiny=False)
-    best, again = load(tmp_path / "jepa", "best.pt"), jepa_lm.from_pretrained(tmp_path / "out")
-    assert all(
-        torch.equal(again.state_dict()[name], best["model"][name]) for name in best["model"].keys() - {"predictors"}
-    )
+    run("jepa_lm", out, "--eval_only --prompt one --max_length 30", tiny=False)
+    said = capsys.readouterr().err
+    assert "best.pt of step" in said and "an answer is cut at --max_length 30" in said
+    run("jepa_lm", out, f"--eval_only --export {tmp_path / 'out'}", tiny=False)
+    best, again = load(out, "best.pt")["model"], jepa_lm.from_pretrained(tmp_path / "out").state_dict()
+    assert same(again | {"predictors": 0}, best | {"predictors": 0})
     assert jepa_lm.open_tokenizer(tmp_path / "out").tokens("one")
 
 
