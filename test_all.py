@@ -812,15 +812,6 @@ def gradients(model, batch, schedule="constant", amp=False):
     return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_gradient_runs_through_every_cycle_with_deep_supervision_and_the_last_without():
-    """Against finite differences of a weight that is used in one chosen cycle only is too slow; H_init tells it all."""
-    model, batch = trm(), trm_batch()
-    for schedule in ("constant", "0,0,1"):  # the latter is --deep_supervision_weight 0: the last loss only
-        assert gradients(model, batch, schedule)[1]["H_init"].abs().sum() > 0
-    assert gradients(model, batch, None)[1]["H_init"] is None
-    assert all(g is not None for g in gradients(trm(learn_init=False), batch, None)[1].values())
-
-
 @pytest.mark.parametrize("schedule", ["constant", None])
 @pytest.mark.parametrize("size", [24, 64])
 def test_amp_gives_float32_gradients_to_every_parameter_and_keeps_one_copy_of_each_weight(schedule, size):
@@ -850,15 +841,15 @@ def loss_of(model, batch, flags="", at=0):
     return trm_deep.compute_loss(model, full, {}, trm_args(flags))
 
 
-def test_detached_cycles_have_the_same_losses_and_each_its_own_gradient():
+def test_gradient_runs_through_all_cycles_with_deep_supervision_else_the_last_and_detached_through_their_own():
     model, batch = trm(), trm_batch()
     both = [step(model, batch, enable_deep_supervision=True, detach=detach)[1] for detach in (False, True)]
     near(*(torch.stack(outputs["intermediate_logits"]) for outputs in both), 0)
-    for h, outputs in itertools.product(range(3), both):
-        reaches = torch.autograd.grad(
-            outputs["intermediate_logits"][h].sum(), model.H_init, retain_graph=True, allow_unused=True
-        )[0]
-        assert (reaches is None) == (outputs is both[1] and h > 0)
+    reaching = [True, True, True], [True, False, False], [False]
+    for outputs, right in zip([*both, step(model, batch)[1]], reaching, strict=True):
+        how = {"retain_graph": True, "allow_unused": True}
+        sums = [logits.sum() for logits in outputs["intermediate_logits"]]
+        assert [torch.autograd.grad(x, model.H_init, **how)[0] is not None for x in sums] == right
     assert loss_of(model, batch, "--detach_cycles")[0] == loss_of(model, batch)[0]
 
 
@@ -1099,7 +1090,7 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
         np.save(tmp_path / "in.npy", value[:5, :4])
         run("trm_deep", folder / "run", f"--eval_only --predict {tmp_path}/in.npy {folder}/out.npy")
         curve = torch.tensor([line["loss"] for line in lines] + [lines[-1]["zero_loss"]])
-        return curve, torch.tensor(np.load(folder / "out.npy")), trm_deep.Config(**load(folder / "run")["config"])
+        return curve, torch.tensor(np.load(folder / "out.npy")), best_of("trm_deep", folder / "run").config
 
     curve, rolled, _ = train("1", x)
     assert curve[-2] < 0.2 and abs(curve[-1] - 1) < 0.05
@@ -1114,11 +1105,12 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
 
     # Other data are read in the units of the run, and must fit it.
     args = parsed("trm_deep", f"--eval_only --out_dir {tmp_path}/0.006/run --data_folder {tmp_path}/1")
-    data = trm_deep.make_data(args, dataclasses.asdict(config))
+    given = dataclasses.asdict(config)
+    data = trm_deep.make_data(args, given)
     assert data["config"] == config and data["collate"]({"sequence": x})["labels"].std() > 50
     args.data_folder = folder_with(tmp_path / "3", {"0.pt": {"input_embeddings": x, "labels": x[..., :3]}})
     with pytest.raises(DataError, match="3: .*'output_size': 3, 'separate_labels': True.*"):
-        trm_deep.make_data(args, dataclasses.asdict(config))
+        trm_deep.make_data(args, given)
 
 
 def test_attention_is_causal_unless_asked_and_labels_have_a_scale_of_their_own(tmp_path, capsys):
@@ -1349,12 +1341,12 @@ def test_published_weights_that_do_not_fit_are_named():
 
 def test_a_run_starts_from_published_weights(tmp_path):
     """A folder brings the sizes, too."""
-    weights, flags = official_weights(vit()), "--lr 0 --weight_decay 0 --ema_decay 0 --max_train_steps 3 --init_from"
+    weights, flags = official_weights(vit()), "--lr 0 --weight_decay 0 --init_from"
     torch.save({"state_dict": weights}, tmp_path / "weights.pt")
     sizes = "--hidden_size 16 --num_layers 3 --num_heads 2 --patch_size 4"
     folder = folder_with(tmp_path / "model", {"config.json": json.dumps(official_config()).encode()})
     save_file({name: piece.contiguous() for name, piece in weights.items()}, folder / "model.safetensors")
-    for out, more in (("file", f"{tmp_path}/weights.pt {sizes}"), ("folder", f"{folder} --device cpu")):
+    for out, more in (("file", f"{tmp_path}/weights.pt {sizes}"), ("folder", f"{folder} {COMMON}")):
         run("nepa_deep", tmp_path / out, f"{flags} {more}", tiny=out == "file")
         assert same(load(tmp_path / out)["model"], vit().state_dict())
 
@@ -1501,7 +1493,6 @@ def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path):
         assert np.array_equal(found["images"], images[index]) and np.array_equal(found["labels"], labels[index])
     assert len({*(out % 10)}) == len({*(out // 100)}) == 10  # neither the first images nor every tenth
     run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path} --patch_size 7")
-    assert load(tmp_path / "run")["config"]["image_size"] == (7, 7)  # of 7 x 8
     arrays(tmp_path, random_images(5, 18), labels[:5], "val_")  # of another size
     said = "images of [18, 18] pixels, 3 channels; evaluation sees the middle [18, 18]\n"
     assert said in printed("nepa_deep", tmp_path / "run", "--eval_only")
@@ -1795,7 +1786,7 @@ def separate_losses(model, chats, args):
     return llm, 1 - F.cosine_similarity(p, t).mean(), len(p), len(nll)
 
 
-CASES = [f"--num_prediction_steps {n} --predictors {k}" for n, k in [(1, 0), (1, 2), (2, 1), (2, 2), (3, 3), (4, 0)]]
+CASES = [f"--num_prediction_steps {n} --predictors {k}" for n, k in itertools.product((1, 2, 4), (0, 1, 3))]
 CASES += [f"--view_based_jepa --predictors {k}" for k in range(4)]
 CASES += ["--num_prediction_steps 4 --predictors 1 --stop_grad_target"]
 
@@ -1925,12 +1916,12 @@ def hub_folder(folder, family="qwen3", template=CHATML, **changes):
     """A folder with a tiny random model in the published names, as transformers writes it."""
     _, more, extra = FAMILIES[family]
     config = LLAMA | {"model_type": family} | more | changes
-    D, d, inner = 32, config.get("head_dim") or 8, 48
+    D, d = 32, config.get("head_dim") or 8
     parts = [f"{part}.weight" for part in LAYER.split()] + [f"self_attn.{part}" for part in extra.split()]
     names = [f"model.layers.{i}.{part}" for i in (0, 1) for part in parts]
     names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     sizes = {"[qk]_norm": (d,), "norm": (D,), "embed|head": (300, D), "q_proj": (4 * d, D), "[kv]_proj": (2 * d, D)}
-    sizes |= {"o_proj": (D, 4 * d), "gate|up": (inner, D), "down": (D, inner)}
+    sizes |= {"o_proj": (D, 4 * d), "gate|up": (48, D), "down": (D, 48)}
     folder.mkdir()
     for shard in ("00001", "00002"):
         weights = {}
@@ -2050,9 +2041,7 @@ def test_answers_and_their_ends_are_supervised_but_for_masked_ones_and_nothing_f
     assert sample.tokens.tolist() == tokens
     learned = np.flatnonzero(sample.labels != -100)
     assert sample.labels[learned].tolist() == [*b"one", 256, *b"2\n\nsix", 256]
-    assert (sample.labels[learned] == sample.tokens[learned + 1]).all()
     assert [jepa_lm.BYTES.decode(sample.tokens[a:b]) for a, b in sample.steps] == ["2", "six"]
-    assert jepa_lm.BYTES.decode(sample.tokens[sample.answer :]) == "2\n\nsix"
     masked = len(tokens_of(messages[:3]))  # its role teaches its first byte
     tokens[masked + 1 : masked + 5] = [-100] * 4
     assert jepa_lm.encode(messages, unmask_user=True).labels.tolist() == [*tokens[1:], -100]
@@ -2062,7 +2051,6 @@ def test_answers_and_their_ends_are_supervised_but_for_masked_ones_and_nothing_f
     "text,steps",
     [
         ("one", ["one"]),
-        ("a\nb", ["a\nb"]),
         ("\n\na\n\nb\n\n", ["a", "b"]),
         ("a\n\n\n\nb\n\n\nc", ["a", "b", "c"]),
         ("a\n\u00a0\nb", ["a", "b"]),
@@ -2149,13 +2137,18 @@ def test_without_an_eval_file_a_random_tenth_validates_whatever_the_flags_of_an_
     train, val = jepa_lm.load_chats(args, jepa_lm.BYTES)
     assert (len(train), len(val)) == (90, 10)
     places = sorted(int(jepa_lm.BYTES.decode(sample.tokens).rstrip("x")) for sample in val)
-    assert places[0] < 50 < places[-1] and places != list(range(90, 100))
+    assert places[0] < 50 < places[-1]
     args.max_length = 30
     shorter = {sample.tokens.tobytes() for sample in jepa_lm.load_chats(args, jepa_lm.BYTES)[1]}
     assert shorter == {sample.tokens.tobytes() for sample in val if len(sample.tokens) <= 30} and len(shorter) < 10
     (tmp_path / "chats").unlink()
     said = printed("jepa_lm", tmp_path / "run", f"--eval_only --eval_file {write_chats(tmp_path / 'val', OTHERS)}")
     assert f"warning: {tmp_path}/chats is gone" in said
+
+
+def test_a_second_training_file_is_not_ignored(tmp_path):
+    with mock.patch.object(sys, "argv", ["x", "--train_file", "a", "--train_file=b"]):
+        assert "--train_file is given twice" in stopped("jepa_lm", tmp_path, "--train_file b")[1]
 
 
 def readme_prompt():
@@ -2481,20 +2474,20 @@ def test_a_seed_decides_everything_and_evaluating_changes_nothing(script, tmp_pa
     assert run(script, tmp_path / "c", "--seed 1 --max_train_steps 1")[1]["loss"] != once[1]["loss"]
 
 
-def do_at(script, at, action):
-    """A patch: action() is called at the beginning of the micro-batch number `at`, counted from 1."""
-    real, count = SCRIPTS[script].compute_loss, itertools.count(1)
+def do_at(script, at, action, name="compute_loss"):
+    """A patch: action() is called at the beginning of call number `at` of this function, counted from 1."""
+    real, count = getattr(SCRIPTS[script], name), itertools.count(1)
 
     def spy(*inputs):
         if next(count) == at:
             action()
         return real(*inputs)
 
-    return mock.patch.object(SCRIPTS[script], "compute_loss", spy)
+    return mock.patch.object(SCRIPTS[script], name, spy)
 
 
-def interrupt(script, at, number=signal.SIGTERM):
-    return do_at(script, at, lambda: os.kill(os.getpid(), number))
+def interrupt(script, at, number=signal.SIGTERM, *name):
+    return do_at(script, at, lambda: os.kill(os.getpid(), number), *name)
 
 
 @pytest.mark.parametrize(
@@ -2531,23 +2524,8 @@ def test_a_run_in_a_thread_needs_no_handlers(tmp_path):
 
 def signal_to(script, who, name, rank):
     """Process `who` receives SIGTERM during its fourth update, or its second pass over validation data."""
-    real, count = SCRIPTS[script].eval_batches, itertools.count(1)
-
-    def kill():
-        if rank == who:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def batches(*inputs):
-        this = next(count)
-        for batch in real(*inputs):
-            yield batch
-            if this == 2:
-                kill()
-
-    if name == "compute_loss":
-        do_at(script, 4, kill).start()
-    else:
-        SCRIPTS[script].eval_batches = batches
+    if rank == who:
+        interrupt(script, 4 if name == "compute_loss" else 2, signal.SIGTERM, name).start()
 
 
 @each_script
@@ -2755,14 +2733,11 @@ BAD_FLAGS = {
 BAD_METHOD_FLAGS = {
     "trm_deep": {
         "--deep_supervision_weight 0.3": "--detach_cycles need --enable_deep_supervision",
-        "--detach_cycles": "--detach_cycles need --enable_deep_supervision",
         "--enable_deep_supervision --deep_supervision_schedule cubic": "float: 'cubic', expected a name",
         "--enable_deep_supervision --deep_supervision_schedule 1,1 --curriculum_end_step 0": "2 weights for 3 steps",
         "--enable_deep_supervision --deep_supervision_schedule 0.5,1,1": "or --curriculum_end_step 0 and all weights",
         "--halt_cosine 0.5": "--halt_cosine and --normalize need --data_folder",
-        "--data_folder=": "--data_folder is empty",
         "--predict a.npy b.npy": "--predict needs --eval_only",
-        "--hidden_size 30": "error: hidden_size 30, expected a multiple of 2 * num_heads = 8",
     },
     "nepa_deep": {
         "--intermediate_loss_weight 2": "--intermediate_loss_weight needs --use_intermediate_loss",
@@ -2771,7 +2746,6 @@ BAD_METHOD_FLAGS = {
         "--rope_rescale 0.5": "'0.5', expected at least 1",
         "--probe_samples 5": "'5', expected at least 10",
         "--num_heads 3": "error: hidden_size 64, expected a multiple of 4 * num_heads = 12",
-        "--patch_size 33": "error: image_size (0, 0), expected multiples of patch_size 33",
         "--image_size 8 8 8": "error: image_size [8, 8, 8]: ",
         "--features x.npy": "--features needs --eval_only",
     },
@@ -2780,7 +2754,6 @@ BAD_METHOD_FLAGS = {
         "--prompt x": "--prompt and --export need --eval_only",
         "--system x": "--system needs --prompt QUESTION",
         "--train_file /none": "error: [Errno 2] No such file or directory: '/none'",
-        "--hidden_size 30": "error: hidden_size is 30, expected a multiple of 2 * num_heads = 16",
     },
 }
 
@@ -2791,9 +2764,6 @@ def test_bad_flags_are_one_line_with_the_reason(script, tmp_path, capsys):
     for flags, message in {**BAD_FLAGS, **BAD_METHOD_FLAGS[script]}.items():
         code, text = stopped(script, tmp_path / "run", flags, tiny=False)
         assert message in text and "\n" not in text and code == (1 if message.startswith("error: ") else 2)
-    with mock.patch.object(sys, "argv", ["x", "--train_file", "a", "--train_file=b"]):
-        _, text = stopped("jepa_lm", tmp_path / "run", "--train_file b")
-    assert "--train_file is given twice" in text
     with pytest.raises(SystemExit):
         parsed(script, "--resume")
     assert "need the --out_dir" in capsys.readouterr().err and not any(tmp_path.iterdir())
