@@ -1882,7 +1882,7 @@ LLAMA = {
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 256,
 }  # fmt: skip
 FAMILIES = {  # model_type -> the base of RoPE, what else stands in config.json, parameters of attention beside Llama's
     "llama": (
