@@ -78,14 +78,24 @@ if os.environ.get("FORK_SERVER"):  # this is that server: its children find the 
 os.environ["FORK_SERVER"] = "yes"
 
 
-def words_of(script, out_dir, flags="", tiny=True):
+def words_of(script, out_dir, flags="", tiny=None):
+    """tiny: with TINY and COMMON; None: unless a run in out_dir has flags already."""
+    if tiny is None:
+        tiny = not (Path(out_dir) / "ckpt.pt").exists()
     return f"--out_dir {out_dir} " + (f"{TINY[script]} {COMMON} {flags}" if tiny else flags)
 
 
-def run(script, out_dir, flags="", tiny=True):
+def run(script, out_dir, flags="", tiny=None):
     """The script's own main() in this process; returns the lines of metrics.jsonl."""
     assert SCRIPTS[script].main(shlex.split(words_of(script, out_dir, flags, tiny))) is None
     return lines_of(out_dir)
+
+
+def printed(*inputs):
+    """What such a run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run(*inputs)
+    return out.getvalue()
 
 
 def parsed(script, flags):
@@ -129,7 +139,7 @@ def shell(command, **env):
 class Processes:
     """The script's own main() in processes of its own, connected as torchrun does it."""
 
-    def __init__(self, script, out_dir, flags="", count=1, tiny=True, prepare=None):
+    def __init__(self, script, out_dir, flags="", count=1, tiny=None, prepare=None):
         """prepare(rank), called in each process before main: a function of this module that breaks something."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -187,6 +197,14 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def best_of(script, out_dir, **changes):
+    """The Model in best.pt, with other settings perhaps."""
+    saved = load(out_dir, "best.pt")
+    model = SCRIPTS[script].Model(SCRIPTS[script].Config(**saved["config"] | changes)).eval()
+    model.load_state_dict(saved["model"])
+    return model
 
 
 STATE = "model", "ema", "optimizer", "rng", "carry", "step", "sums"
@@ -435,25 +453,20 @@ BAD = {  # flag -> message -> the files
     "--data_folder": {
         "too few training sequences": {},
         "too few training sequences, expected": {"0.pt": x3[:1]},
-        "too few training sequences, expected 2": {"val_embeddings_chunk_0.pt": x3},
         "constant embeddings, expected ones that differ": {"0.pt": torch.ones(9, 5, 4)},
         "chunk_1.pt: samples of shape": {"0.pt": x3, "1.pt": x3[:, :4]},
         "val_embeddings_chunk_0.pt: samples of shape": {"0.pt": x3, "val_embeddings_chunk_0.pt": x3[..., :2]},
         "torch.int64 [3, 5, 4]'], expected": {"0.pt": x3.long()},
-        "torch.int8 [3, 5, 4]'], expected": {"0.npy": x3.numpy().astype(np.int8)},
         "torch.float32 [3, 5]'], expected": {"0.pt": x3[..., 0]},
         "torch.float32 [0, 5, 4]'], expected": {"0.pt": x3[:0]},
         "holds ['labels: torch.float32 [3, 5, 4]'], expected": {"0.pt": {"labels": x3}},
         "'list' object has no attribute 'is_floating_point', expected": {"0.pt": [x3]},
         "labels: torch.float32 [3, 4, 4]'], expected": {"0.pt": {"input_embeddings": x3, "labels": x3[:, 1:]}},
-        "chunk_0.pt: sample 2 is not finite": {"0.pt": torch.cat([x3[:2], x3[:1] / 0, x3])},
-        "chunk_0.pt: sample 3 is not finite or begins": {"0.pt": torch.cat([x3, F.pad(x3[:1, :3], (0, 0, 0, 2)), x3])},
-        "chunk_0.pt: sample 4 is not finite or begins": {
-            "0.pt": torch.cat([x3, x3[:1], F.pad(x3[:1, 1:], (0, 0, 1, 0)), x3])
-        },
+        "chunk_0.pt: sample 2 is not finite": {"0.pt": x3 / 0},
+        "chunk_0.pt: sample 2 is not finite or begins": {"0.pt": F.pad(x3, (0, 0, 1, 0))},
+        "chunk_0.pt: sample 2 is not finite or begins or ends": {"0.pt": F.pad(x3, (0, 0, 0, 1))},
         "Weights only load failed": {"0.pt": Path},  # pickled code
         "chunk_1.pt: mmap can only be used": {"1.pt": b""},
-        "of torch.save or np.save": {"2.pt": pickle.dumps(x3)[:99]},
         "chunk_4.npy: ": {"4.npy": b"PK and no zip"},
         "byte order": {"5.npy": x3.numpy().astype(">f4")},
     },
@@ -464,9 +477,7 @@ BAD = {  # flag -> message -> the files
         "images.npy: uint8 [20, 8], expected uint8 [N, H, W, C]": {"images.npy": (20, 8)},
         "images.npy: uint8 [0, 8, 8, 3], expected": {"images.npy": (0, 8, 8, 3)},
         "uint8 [20, 3, 8, 8], expected uint8 [N, H, W, C], the channels last": {"images.npy": (20, 3, 8, 8)},
-        "images.npy: uint8 [20, 1, 28, 28], expected uint8 [N, H, W, C]": {"images.npy": (20, 1, 28, 28)},
         "images of 1 channels, expected 3": {"images.npy": (20, 8, 8, 3), "val_images.npy": (20, 8, 8)},
-        "images.npy: ": {"images.npy": np.array([None, {}], dtype=object)},
         "labels.npy: float64 [20], expected integers [20]": {"labels.npy": np.zeros(20)},
         "labels.npy: int64 [19], expected integers [20]": {"labels.npy": np.zeros(19, np.int64)},
         "image_size (0, 8), expected multiples of patch_size 8": {"images.npy": (20, 7, 9, 3)},
@@ -526,18 +537,23 @@ def ref_rotate(rows, angle):
     return out
 
 
-def reference(model, angle=ref_angle, causal=True, head_norm=lambda rows, name: rows):
+def reference(model, angle=ref_angle, causal=True, head_norm=lambda rows, name: rows, rename=str):
     """What all models are made of, in words, for one sample in float64: weights by name, functions of rows [T, D]."""
-    weights = {name: p.detach().double() for name, p in model.named_parameters()}
-    d = model.config.hidden_size // model.config.num_heads
+    c, weights = model.config, {}
+    for name, p in model.named_parameters():  # those that get one name are one matrix
+        before = [weights[rename(name)]] if rename(name) in weights else []
+        weights[rename(name)] = torch.cat([*before, p.detach().double()])
+    d, n = getattr(c, "head_dim", c.hidden_size // c.num_heads), c.num_heads
 
     def linear(rows, name):
         return rows @ weights[f"{name}.weight"].flatten(1).T + weights.get(f"{name}.bias", 0)
 
     def attention(rows, at):
         """Head by head and query by query."""
-        heads = []
-        for q, k, v in zip(*(part.split(d, 1) for part in linear(rows, at + "qkv").chunk(3, 1)), strict=True):
+        parts, heads = linear(rows, at + "qkv").split(d, 1), []
+        keys = (len(parts) - n) // 2
+        for i, q in enumerate(parts[:n]):
+            k, v = parts[n + i * keys // n :: keys]
             q, k = ref_rotate(head_norm(q, at + "q_norm"), angle), ref_rotate(head_norm(k, at + "k_norm"), angle)
             sees = [slice(t + 1 if causal else None) for t in range(len(rows))]
             heads.append(torch.stack([torch.softmax(k[s] @ q[t] / d**0.5, 0) @ v[s] for t, s in enumerate(sees)]))
@@ -621,8 +637,8 @@ def test_parity_with_the_published_model(causal, path):
     mine |= {"act2:z_H": second["z_H"], "act2:z_L": second["z_L"], "reset:logits": reset["logits"]}
     for schedule in (None, "constant", "linear_decay", "exponential_decay"):
         loss, grads = gradients(model, batch, schedule)
-        squares = [g.square().sum() for name, g in grads.items() if g is not None and "q_head" not in name]
-        mine |= {f"loss:{schedule or 'baseline'}": loss, f"gradnorm:{schedule or 'baseline'}": sum(squares).sqrt()}
+        norm = torch.nn.utils.get_total_norm(g for name, g in grads.items() if g is not None and "q_head" not in name)
+        mine |= {f"loss:{schedule or 'baseline'}": loss, f"gradnorm:{schedule or 'baseline'}": norm}
     for name, value in mine.items():
         near(value, dump["causal:" * causal + name])
     assert mixed["steps"].tolist() == dump["reset:steps"].tolist()
@@ -746,16 +762,11 @@ def test_the_documents_training_loop_runs_as_written():
     """The section "Custom Training Loop with Deep Supervision" at smaller sizes, with only its import changed."""
     from trm_deep import RecursiveLLM
 
-    config = {
+    config = SMALL | {
         "batch_size": 8,
         "seq_len": 6,
-        "vocab_size": 32,
         "H_cycles": 4,
-        "L_cycles": 3,
-        "L_layers": 2,
-        "hidden_size": 32,
         "expansion": 4.0,
-        "num_heads": 4,
         "pos_encodings": "rope",
         "halt_max_steps": 10,
         "halt_exploration_prob": 0.1,
@@ -763,7 +774,7 @@ def test_the_documents_training_loop_runs_as_written():
         "deep_supervision_weight": 0.3,
     }
     model = RecursiveLLM(config)
-    batch = {"input_embeddings": torch.randn(8, 6, 32), "labels": torch.randn(8, 6, 32)}
+    batch = {"input_embeddings": torch.randn(8, 6, 16), "labels": torch.randn(8, 6, 16)}
     carry = model.initial_carry(batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     carry, outputs = model(carry, batch, t=0, enable_deep_supervision=True)
@@ -775,14 +786,14 @@ def test_the_documents_training_loop_runs_as_written():
     total_loss = total_loss / sum(weights)
     total_loss.backward()
     optimizer.step()
-    assert i == 3 and step_logits.shape == (8, 1, 32)
+    assert i == 3 and step_logits.shape == (8, 1, 16)
     assert {name for name, p in model.named_parameters() if p.grad is None} == {"q_head.weight", "q_head.bias"}
 
     model.eval()
     with torch.no_grad():
         carry = model.initial_carry(batch)
         carry, outputs = model(carry, batch)
-        assert outputs["logits"].shape == (8, 6, 32) and len(outputs["intermediate_logits"]) == 1
+        assert outputs["logits"].shape == (8, 6, 16) and len(outputs["intermediate_logits"]) == 1
         for t in (0, 3, -1):
             near(model(model.initial_carry(batch), batch, t=t)[1]["logits"][:, 0], outputs["logits"][:, t])
 
@@ -799,15 +810,6 @@ def gradients(model, batch, schedule="constant", amp=False):
     loss, _ = trm_deep.compute_deep_supervision_loss(logits, labels, schedule or "constant", 0.5)
     (loss + outputs["q_halt_logits"].mean()).backward()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def test_gradient_runs_through_every_cycle_with_deep_supervision_and_the_last_without():
-    """Against finite differences of a weight that is used in one chosen cycle only is too slow; H_init tells it all."""
-    model, batch = trm(), trm_batch()
-    for schedule in ("constant", "0,0,1"):  # the latter is --deep_supervision_weight 0: the last loss only
-        assert gradients(model, batch, schedule)[1]["H_init"].abs().sum() > 0
-    assert gradients(model, batch, None)[1]["H_init"] is None
-    assert all(g is not None for g in gradients(trm(learn_init=False), batch, None)[1].values())
 
 
 @pytest.mark.parametrize("schedule", ["constant", None])
@@ -839,15 +841,15 @@ def loss_of(model, batch, flags="", at=0):
     return trm_deep.compute_loss(model, full, {}, trm_args(flags))
 
 
-def test_detached_cycles_have_the_same_losses_and_each_its_own_gradient():
+def test_gradient_runs_through_all_cycles_with_deep_supervision_else_the_last_and_detached_through_their_own():
     model, batch = trm(), trm_batch()
     both = [step(model, batch, enable_deep_supervision=True, detach=detach)[1] for detach in (False, True)]
     near(*(torch.stack(outputs["intermediate_logits"]) for outputs in both), 0)
-    for h, outputs in itertools.product(range(3), both):
-        reaches = torch.autograd.grad(
-            outputs["intermediate_logits"][h].sum(), model.H_init, retain_graph=True, allow_unused=True
-        )[0]
-        assert (reaches is None) == (outputs is both[1] and h > 0)
+    reaching = [True, True, True], [True, False, False], [False]
+    for outputs, right in zip([*both, step(model, batch)[1]], reaching, strict=True):
+        how = {"retain_graph": True, "allow_unused": True}
+        sums = [logits.sum() for logits in outputs["intermediate_logits"]]
+        assert [torch.autograd.grad(x, model.H_init, **how)[0] is not None for x in sums] == right
     assert loss_of(model, batch, "--detach_cycles")[0] == loss_of(model, batch)[0]
 
 
@@ -929,22 +931,6 @@ def test_exploration_is_drawn_per_row_with_the_asked_probability_however_the_upd
     assert not torch.equal(batch_of(data, range(4000), 8)["min_steps"], drawn)
 
 
-def test_training_gives_a_fresh_sample_to_the_rows_that_halted_alone(tmp_path, monkeypatch):
-    seen, real = [], trm_deep.compute_loss
-
-    def spy(model, batch, carry, args):
-        *rest, new = real(model, batch, carry, args)
-        old = carry["labels"] if carry else batch["labels"]
-        halted = carry["halted"] if carry else torch.ones(8, dtype=torch.bool)
-        seen.append(halted.sum().item())
-        assert torch.equal(new["labels"], torch.where(halted[:, None, None], batch["labels"], old))
-        return *rest, new
-
-    monkeypatch.setattr(trm_deep, "compute_loss", spy)
-    run("trm_deep", tmp_path)
-    assert seen == [8, 0, 0] * 2  # halt_max_steps 3
-
-
 def test_the_halting_head_learns_who_is_right():
     model, batch = trm(causal=False).requires_grad_(False), trm_batch(B=8)
     optimizer = torch.optim.Adam(model.q_head.requires_grad_(True).parameters(), lr=0.1)
@@ -968,7 +954,7 @@ def test_the_halting_head_reads_the_first_position_of_a_bidirectional_run_else_t
         assert {name for name, p in model.named_parameters() if p.grad is not None} == {"q_head.weight", "q_head.bias"}
 
 
-def test_evaluation_may_take_each_rows_answer_at_the_first_step_where_q_is_positive(tmp_path, capsys):
+def test_evaluation_may_take_each_rows_answer_at_the_first_step_where_q_is_positive(tmp_path):
     model, batch = trm(halt_max_steps=4).eval(), trm_batch(B=99)
     torch.nn.init.normal_(model.q_head.weight)
     torch.nn.init.zeros_(model.q_head.bias)
@@ -985,8 +971,7 @@ def test_evaluation_may_take_each_rows_answer_at_the_first_step_where_q_is_posit
     near(outputs["logits"], logits[-1])
     last = run("trm_deep", tmp_path, "--eval_halt")[-1]
     assert last["halt_mean_steps"] == 3 and last["halt_exact_acc"] == last["exact_acc"]  # q is about -5 still
-    run("trm_deep", tmp_path, "--eval_only --eval_halt", tiny=False)
-    assert "halting, after 3.00 steps" in capsys.readouterr().out
+    assert "halting, after 3.00 steps" in printed("trm_deep", tmp_path, "--eval_only --eval_halt")
 
 
 # ==== trm_deep.py: data ==============================================================================================
@@ -994,17 +979,18 @@ def test_evaluation_may_take_each_rows_answer_at_the_first_step_where_q_is_posit
 
 def solutions(grid):
     """The solutions of a Sudoku, one after the other: lists of 36, 0 to 5, from one with 6 where blank."""
-    free = {}
-    for cell in range(36):
-        if grid[cell] == 6:
-            row, column, box = cell // 6, cell % 6, (cell // 12, cell % 6 // 3)
-            mates = [d for d in range(36) if row == d // 6 or column == d % 6 or box == (d // 12, d % 6 // 3)]
-            free[cell] = {*range(6)} - {grid[d] for d in mates}
-    if not free:
+
+    def free(cell):
+        row, column, box = cell // 6, cell % 6, (cell // 12, cell % 6 // 3)
+        near = (d for d in range(36) if row == d // 6 or column == d % 6 or box == (d // 12, d % 6 // 3))
+        return {*range(6)} - {grid[d] for d in near}
+
+    blanks = [cell for cell in range(36) if grid[cell] == 6]
+    if not blanks:
         yield grid
     else:
-        cell = min(free, key=lambda c: len(free[c]))
-        for digit in free[cell]:
+        cell = min(blanks, key=lambda cell: len(free(cell)))
+        for digit in free(cell):
             yield from solutions([*grid[:cell], digit, *grid[cell + 1 :]])
 
 
@@ -1039,13 +1025,13 @@ def test_a_cell_is_right_when_its_code_decodes_and_a_sentence_when_its_cosine_is
     assert not trm_deep.is_right(-labels, labels, trm_args())[1].any()
 
 
-def test_the_report_shows_a_puzzle_and_two_answers(tmp_path, capsys):
-    run("trm_deep", tmp_path, "--eval_samples 1")
-    rows = re.findall(r"^((?:[1-6.] ){5}[1-6.])     ((?:[1-6.] ){5}[1-6.])     (.*)$", capsys.readouterr().out, re.M)
+def test_the_report_shows_a_puzzle_and_two_answers(tmp_path):
+    said = printed("trm_deep", tmp_path, "--eval_samples 1")
+    rows = re.findall(r"^((?:[1-6.] ){5}[1-6.])     ((?:[1-6.] ){5}[1-6.])     (.*)$", said, re.M)
     puzzles = trm_deep.decode(trm_deep.synthetic_dataset(0)[1]["input_embeddings"], 0).tolist()
     assert ["123456.".index(symbol) for row in rows for symbol in row[0].split()] in puzzles
-    run("trm_deep", tmp_path, "--eval_only", tiny=False)
-    assert " ".join(map("     ".join, rows)).split() == capsys.readouterr().out.split("best")[0].split()[-108:]
+    shown = printed("trm_deep", tmp_path, "--eval_only").split("best")[0].split()
+    assert " ".join(map("     ".join, rows)).split() == shown[-108:]
 
 
 def test_ridge_regression_is_fitted_and_stands_in_the_report(tmp_path, capsys):
@@ -1078,8 +1064,7 @@ def test_chunks_are_read_in_numeric_order_memory_mapped(tmp_path, dtype, capsys)
     assert not train["sequence"][np.arange(9)].requires_grad
     unread = "not read: train_embeddings_chunk_0.npy, train_embeddings_chunk_old.pt, valid_embeddings_chunk_0.pt\n"
     assert capsys.readouterr().out == f"{tmp_path}: {unread}"
-    if Path("/proc/self/maps").exists():
-        assert str(tmp_path / "train_embeddings_chunk_10.pt") in Path("/proc/self/maps").read_text()
+    assert str(tmp_path / "train_embeddings_chunk_10.pt") in Path("/proc/self/maps").read_text()
 
 
 def test_the_last_tenth_is_held_out_and_npy_chunks_are_read_in_any_memory_order(tmp_path):
@@ -1102,9 +1087,9 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
         folder = folder_with(tmp_path / name, {"0.pt": value, "val_embeddings_chunk_0.pt": value})
         lines = run("trm_deep", folder / "run", f"{flags} --eval_samples 200 --data_folder {folder} {more}")
         np.save(tmp_path / "in.npy", value[:5, :4])
-        run("trm_deep", folder / "run", f"--eval_only --predict {tmp_path}/in.npy {folder}/out.npy", tiny=False)
+        run("trm_deep", folder / "run", f"--eval_only --predict {tmp_path}/in.npy {folder}/out.npy")
         curve = torch.tensor([line["loss"] for line in lines] + [lines[-1]["zero_loss"]])
-        return curve, torch.tensor(np.load(folder / "out.npy")), trm_deep.Config(**load(folder / "run")["config"])
+        return curve, torch.tensor(np.load(folder / "out.npy")), best_of("trm_deep", folder / "run").config
 
     curve, rolled, _ = train("1", x)
     assert curve[-2] < 0.2 and abs(curve[-1] - 1) < 0.05
@@ -1112,20 +1097,18 @@ def test_embeddings_of_any_scale_give_one_curve_and_predictions_in_their_own_uni
     again, mine, config = train("0.006", 0.006 * x)
     near(again, curve, 1e-2)
     near(mine / 0.006, rolled, 2e-2)
-    near(torch.tensor(config.normalization[1][0]), 0.006 * mean)
     again, _, off = train("off", (x - mean) / scale, "--normalize False")  # what is normalised changes no more
     near(again, curve, 1e-2)
     assert off.normalization[1] == (0.0, 1.0)
 
     # Other data are read in the units of the run, and must fit it.
     args = parsed("trm_deep", f"--eval_only --out_dir {tmp_path}/0.006/run --data_folder {tmp_path}/1")
-    data = trm_deep.make_data(args, dataclasses.asdict(config))
+    given = dataclasses.asdict(config)
+    data = trm_deep.make_data(args, given)
     assert data["config"] == config and data["collate"]({"sequence": x})["labels"].std() > 50
-    for size in (8, 3):
-        value = {"input_embeddings": x, "labels": torch.randn(200, 7, size)}
-        args.data_folder = str(folder_with(tmp_path / f"size {size}", {"0.pt": value}))
-        with pytest.raises(DataError, match=f"size {size}: .*'output_size': {size}, 'separate_labels': True.*"):
-            trm_deep.make_data(args, dataclasses.asdict(config))
+    args.data_folder = folder_with(tmp_path / "3", {"0.pt": {"input_embeddings": x, "labels": x[..., :3]}})
+    with pytest.raises(DataError, match="3: .*'output_size': 3, 'separate_labels': True.*"):
+        trm_deep.make_data(args, given)
 
 
 def test_attention_is_causal_unless_asked_and_labels_have_a_scale_of_their_own(tmp_path, capsys):
@@ -1139,17 +1122,17 @@ def test_attention_is_causal_unless_asked_and_labels_have_a_scale_of_their_own(t
         assert capsys.readouterr().out.count(said) == causal and "zero_loss" in final and "copy_loss" not in final
 
 
-def test_a_trained_model_can_be_given_more_or_fewer_cycles(tmp_path, capsys):
+def test_a_trained_model_can_be_given_more_or_fewer_cycles(tmp_path):
     best = run("trm_deep", tmp_path, "--eval_interval 6 --deep_supervision_schedule 0.5,1")[-1]["best_loss"]
-    printed = []
-    for flags in ("", "--H_cycles 1", "--H_cycles 4", "--halt_max_steps 1", "--L_cycles 3"):
-        run("trm_deep", tmp_path, f"--eval_only {flags}", tiny=False)
-        printed.append(re.findall(r"Steps: \[(.*)\]", capsys.readouterr().out)[-1].split(", "))
-    assert [len(losses) for losses in printed] == [2, 1, 4, 2, 2]
-    assert printed[0][-1] == f"'{best:.4f}'" and len({tuple(each) for each in printed}) == 5
+
+    def steps(flags):
+        return re.findall(r"Steps: \[(.*)\]", printed("trm_deep", tmp_path, f"--eval_only {flags}"))[-1].split(", ")
+
+    each = [*map(steps, ("", "--H_cycles 1", "--H_cycles 4", "--halt_max_steps 1", "--L_cycles 3"))]
+    assert [len(losses) for losses in each] == [2, 1, 4, 2, 2]
+    assert each[0][-1] == f"'{best:.4f}'" and len({*map(tuple, each)}) == 5
     # With one supervision step from the start, the first cycles are the same, however many come after.
-    run("trm_deep", tmp_path, "--eval_only --H_cycles 1 --halt_max_steps 1", tiny=False)
-    assert f"Steps: [{printed[3][0]}]" in capsys.readouterr().out
+    assert steps("--H_cycles 1 --halt_max_steps 1") == each[3][:1]
 
 
 # ==== trm_deep.py: prediction ========================================================================================
@@ -1163,21 +1146,18 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, monke
         sizes.append(len(batch["input_embeddings"]))
         return real(model, batch, **how)
 
-    def predict(name, content, flags="", out=None):
+    def predict(name, content, flags=""):
         folder_with(tmp_path, {f"{name}_in.npy": content})
-        out = out or f"{tmp_path}/{name}_out.npy"
-        words = f"--eval_only --batch_size 2 --predict {tmp_path}/{name}_in.npy {out} {flags}"
-        run("trm_deep", tmp_path / "run", words, tiny=False)
-        return torch.tensor(np.load(out))
+        files = f"{tmp_path}/{name}_in.npy {tmp_path}/{name}_out.npy"
+        run("trm_deep", tmp_path / "run", f"--eval_only --batch_size 2 --predict {files} {flags}")
+        return torch.tensor(np.load(tmp_path / f"{name}_out.npy"))
 
     monkeypatch.setattr(trm_deep, "answer", answer)
     prefix = np.random.default_rng(0).standard_normal((5, 4, 32)).astype(np.float32)
     rolled = predict("whole", prefix, "--rollout 2")
     assert sizes == [2] * 4 + [1] * 2  # pieces of --batch_size
-    checkpoint = load(tmp_path / "run", "best.pt")
-    model = trm_deep.Model(config := trm_deep.Config(**checkpoint["config"])).eval()
-    model.load_state_dict(checkpoint["model"])
-    mean, scale = config.normalization[1]
+    model = best_of("trm_deep", tmp_path / "run")
+    mean, scale = model.config.normalization[1]
     sequence = (torch.from_numpy(prefix) - torch.tensor(mean)) / scale
     for _ in range(2):
         outputs = real(model, {"input_embeddings": sequence})
@@ -1185,7 +1165,6 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, monke
     near(rolled, sequence[:, 4:] * scale + torch.tensor(mean))
     near(predict("one", prefix[:1], "--eval_halt"), rolled[:1, :1])
 
-    padded = np.concatenate([prefix, 0 * prefix], 1)
     for name, content, message in (
         ("zip", b"PK and no zip", "expected floats \\[N, T"),
         ("flat", prefix[0, 0], "expected floats"),
@@ -1193,13 +1172,12 @@ def test_predict_rolls_out_the_final_head_on_its_own_predictions(tmp_path, monke
         ("integers", prefix.astype(int), "expected floats"),
         ("narrow", prefix[..., :5], "embeddings of size 5, expected 32"),
         ("nan", prefix * np.nan, "sample 0 is not finite"),
-        ("padded", padded, "sample 0 .* ends in zeros"),
+        ("padded", np.concatenate([prefix, 0 * prefix], 1), "sample 0 .* ends in zeros"),
     ):
         with pytest.raises(SystemExit, match=f"{name}_in.npy: .*{message}"):
             predict(name, content)
-    for out, message in ((tmp_path / "whole_out.npy", "File exists"), (tmp_path / "none" / "out.npy", "No such file")):
-        with pytest.raises(SystemExit, match=f"{message}.*{out}"):
-            predict("whole", prefix, out=out)
+    with pytest.raises(SystemExit, match=f"File exists.*{tmp_path}/whole_out.npy"):
+        predict("whole", prefix)
 
 
 def test_predict_gives_separate_labels_at_every_position_in_their_own_units(tmp_path):
@@ -1208,12 +1186,10 @@ def test_predict_gives_separate_labels_at_every_position_in_their_own_units(tmp_
     folder = folder_with(tmp_path, {"0.pt": {"input_embeddings": x, "labels": y}})
     run("trm_deep", folder / "run", f"--data_folder {folder} --bidirectional --halt_max_steps 1 --L_cycles 1")
     chunk = folder / "train_embeddings_chunk_0.pt"  # as it is
-    run("trm_deep", folder / "run", f"--eval_only --H_cycles 5 --predict {chunk} {folder}/out.npy", tiny=False)
-    checkpoint = load(folder / "run", "best.pt")
-    model = trm_deep.Model(trm_deep.Config(**checkpoint["config"] | {"H_cycles": 5})).eval()
-    model.load_state_dict(checkpoint["model"])
+    run("trm_deep", folder / "run", f"--eval_only --H_cycles 5 --predict {chunk} {folder}/out.npy")
     mean, label_mean = x[:36].mean((0, 1)), y[:36].mean((0, 1))
     scale, label_scale = (v.square().mean().sqrt() for v in (x[:36] - mean, y[:36] - label_mean))
+    model = best_of("trm_deep", folder / "run", H_cycles=5)
     logits = trm_deep.answer(model, {"input_embeddings": (x - mean) / scale})["logits"]
     near(torch.tensor(np.load(folder / "out.npy")), logits * label_scale + label_mean, 1e-3)
 
@@ -1275,7 +1251,7 @@ def test_vit_equals_the_slow_reference(changes):
 
 def grad_norm(loss, model, **how):
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, **how)
-    return torch.cat([g.flatten() for g in gradients if g is not None]).norm().item()
+    return torch.nn.utils.get_total_norm(g for g in gradients if g is not None).item()
 
 
 def loss_at(model, images, every_layer):
@@ -1362,10 +1338,15 @@ def test_published_weights_that_do_not_fit_are_named():
 
 
 def test_a_run_starts_from_published_weights(tmp_path):
-    sizes = "--hidden_size 16 --num_layers 3 --num_heads 2 --patch_size 4 --lr 0 --weight_decay 0 --ema_decay 0"
-    torch.save({"state_dict": official_weights(vit())}, tmp_path / "weights.pt")
-    run("nepa_deep", tmp_path / "run", f"{sizes} --init_from {tmp_path / 'weights.pt'} --max_train_steps 3")
-    assert same(load(tmp_path / "run")["model"], vit().state_dict())
+    """A folder brings the sizes, too."""
+    weights, flags = official_weights(vit()), "--lr 0 --weight_decay 0 --init_from"
+    torch.save({"state_dict": weights}, tmp_path / "weights.pt")
+    sizes = "--hidden_size 16 --num_layers 3 --num_heads 2 --patch_size 4"
+    folder = folder_with(tmp_path / "model", {"config.json": json.dumps(official_config()).encode()})
+    save_file({name: piece.contiguous() for name, piece in weights.items()}, folder / "model.safetensors")
+    for out, more in (("file", f"{tmp_path}/weights.pt {sizes}"), ("folder", f"{folder} {COMMON}")):
+        run("nepa_deep", tmp_path / out, f"{flags} {more}", tiny=out == "file")
+        assert same(load(tmp_path / out)["model"], vit().state_dict())
 
 
 @pytest.mark.parametrize("path", dumps("vit_nepa.layernorm.weight"))
@@ -1497,7 +1478,7 @@ def opened(flags):
     return nepa_deep.make_data(parsed("nepa_deep", f"--device cpu {flags}"), {})
 
 
-def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path, capsys):
+def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path):
     images, labels = random_images(1000)[:, :7], np.arange(1000, dtype=np.int16) % 10  # not square: the middle is used
     arrays(tmp_path, images, labels)
     data = opened(f"--data_dir {tmp_path}")
@@ -1510,10 +1491,9 @@ def test_arrays_are_memory_maps_and_a_tenth_of_the_images_is_held_out(tmp_path, 
         assert np.array_equal(found["images"], images[index]) and np.array_equal(found["labels"], labels[index])
     assert len({*(out % 10)}) == len({*(out // 100)}) == 10  # neither the first images nor every tenth
     run("nepa_deep", tmp_path / "run", f"--data_dir {tmp_path} --patch_size 7")
-    assert load(tmp_path / "run")["config"]["image_size"] == (7, 7)  # of 7 x 8
     arrays(tmp_path, random_images(5, 18), labels[:5], "val_")  # of another size
-    run("nepa_deep", tmp_path / "run", "--eval_only", tiny=False)
-    assert "images of [18, 18] pixels, 3 channels; evaluation sees the middle [18, 18]\n" in capsys.readouterr().out
+    said = "images of [18, 18] pixels, 3 channels; evaluation sees the middle [18, 18]\n"
+    assert said in printed("nepa_deep", tmp_path / "run", "--eval_only")
 
 
 @pytest.mark.parametrize("labels,val_labels", [(None, None), (np.full(40, -1), None), (None, np.zeros(9, int))])
@@ -1661,11 +1641,6 @@ def test_collapse_metrics_are_their_definitions():
     near(found(one[:1, :2]), torch.tensor([0, 1, -1]))  # a single patch
 
 
-def test_weights_ruined_by_the_last_update_stop_the_run_in_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: step [^\n]*\Z"):
-        run("nepa_deep", tmp_path, "--lr 1e30 --grad_clip 0 --ema_decay 0 --eval_interval 1 --warmup_steps 0")
-
-
 def set_up():
     args = parsed("nepa_deep", f"{TINY['nepa_deep']} {COMMON}")
     data = nepa_deep.make_data(args, {})
@@ -1708,13 +1683,11 @@ def test_features_are_those_of_all_images_in_file_order_also_in_two_processes_an
     arrays(tmp_path / "data", images[20:], prefix="val_")
     run("nepa_deep", tmp_path, f"--data_dir {tmp_path}/data")
     flags = f"--eval_only --probe_layer 1 --batch_size 8 --features {out}"
-    two_processes("nepa_deep", tmp_path, flags, tiny=False)
-    saved = load(tmp_path, "best.pt")
-    model = nepa_deep.Model(nepa_deep.Config(**saved["config"]))
-    model.load_state_dict(saved["model"])
+    two_processes("nepa_deep", tmp_path, flags)
+    model = best_of("nepa_deep", tmp_path)
     output = model(torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1)
     near(torch.tensor(np.load(out)), output.hidden_states[0][:, 1:].mean(1), 1e-5)
-    assert "File exists" in stopped("nepa_deep", tmp_path, flags, tiny=False)[1]
+    assert "File exists" in stopped("nepa_deep", tmp_path, flags)[1]
     with pytest.raises(ValueError, match="expected H and W to be multiples of 8"):
         model(pictures(2, 16, 30))
 
@@ -1782,20 +1755,28 @@ def naive_pairs(messages, args):
 
 def naive_losses(model, chats, args):
     """Every chat, prediction and target in a separate pass, without padding or mask: losses, pairs, answer tokens."""
+    parts = []
+    for messages in chats:
+        learned, at = [], 0
+        for message in messages:
+            begin, at = at, at + len(tokens_of([message]))
+            learned += range(begin, at - 1) if message["role"] == "assistant" else []
+        parts.append((tokens_of(messages), learned, naive_pairs(messages, args)))
+    return separate_losses(model, parts, args)
+
+
+def separate_losses(model, chats, args):
+    """The same for (tokens, the places that learn their next token, pairs of tokens: of the prediction, the target)."""
 
     def states(tokens):
         return model(torch.tensor([tokens]))[0]
 
     nll, predicted, target = [], [], []
-    for messages in chats:
-        tokens, at = tokens_of(messages), 0
-        log_p = (states(tokens) @ model.embed_tokens.weight.T).log_softmax(-1)
-        for message in messages:
-            begin, at = at, at + len(tokens_of([message]))
-            if message["role"] == "assistant":
-                nll += [-log_p[i, tokens[i + 1]] for i in range(begin, at - 1)]
-        for context, step in naive_pairs(messages, args):
-            predicted.append(states(context + [260 + k for k in range(args.predictors)])[-1])
+    for tokens, learned, pairs in chats:
+        log_p = model.head(states(tokens)).log_softmax(-1)
+        nll += [-log_p[i, tokens[i + 1]] for i in learned]
+        for context, step in pairs:
+            predicted.append(states(context + [model.config.vocab_size + k for k in range(args.predictors)])[-1])
             with torch.set_grad_enabled(not args.stop_grad_target):
                 target.append(states(step)[-1])
     llm = torch.stack(nll).mean()
@@ -1803,7 +1784,7 @@ def naive_losses(model, chats, args):
     return llm, 1 - F.cosine_similarity(p, t).mean(), len(p), len(nll)
 
 
-CASES = [f"--num_prediction_steps {n} --predictors {k}" for n, k in [(1, 0), (1, 2), (2, 1), (2, 2), (3, 3), (4, 0)]]
+CASES = [f"--num_prediction_steps {n} --predictors {k}" for n, k in itertools.product((1, 2, 4), (0, 1, 3))]
 CASES += [f"--view_based_jepa --predictors {k}" for k in range(4)]
 CASES += ["--num_prediction_steps 4 --predictors 1 --stop_grad_target"]
 
@@ -1846,19 +1827,13 @@ def test_what_may_not_be_seen_changes_nothing(tmp_path):
     after = (pieces == -1) & (torch.arange(T) < T - batch["start"].shape[1])  # padding between a chat and its pairs
     # A row of the mask without any True would give NaN in some kernels.
     assert (pieces == -1).any() and jepa_lm.packed_mask(batch["start"], batch["limit"], T).any(3).all()
-    for row, messages in enumerate(RAGGED):
-        tokens = tokens_of(messages)
-        near(h[row, : len(tokens)], model(torch.tensor([tokens]))[0], 1e-5)
+    for row in range(4):
         here = torch.arange(4)[:, None] == row
         for each in pieces[row].unique():  # chat, predictors, steps, padding: one changed at a time
             mine = here & (pieces == each)
             other = packed_states(model, {**batch, "tokens": torch.where(mine, 7, batch["tokens"])})
             sees = mine | here & (ahead | after) & (each == 0)
             assert torch.equal(other[~sees], h[~sees]) and (other[sees] != h[sees]).any(1).all()
-    with torch.no_grad():
-        model.predictors += 1.0
-    other = packed_states(model, batch)
-    assert torch.equal(h[~ahead], other[~ahead]) and (h[ahead] != other[ahead]).any(1).all()
 
 
 def test_the_language_model_does_not_depend_on_the_number_of_predictors():
@@ -1866,11 +1841,8 @@ def test_the_language_model_does_not_depend_on_the_number_of_predictors():
 
 
 def reference_lm(model, tokens):
-    """Llama and its kin in words, head by head and query by query, in float64: the logits [T, V]."""
-    c, weights = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-
-    def linear(rows, name):
-        return rows @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+    """Llama and its kin in words: the logits [T, V]."""
+    c = model.config
 
     def norm(rows, name):
         return ref_norm(rows, c.rms_norm_eps) * weights[f"{name}.weight"] if f"{name}.weight" in weights else rows
@@ -1885,19 +1857,15 @@ def reference_lm(model, tokens):
             turn = turn / old if slow else turn if wave < length / high else (1 - m) * turn / old + m * turn
         return t * turn
 
+    def rename(name):
+        name = re.sub(r"self_attn\.|mlp\.|_proj", "", name)
+        return re.sub(r"\b(gate|up)\b", "gate_up", re.sub(r"\b[qkv]\b", "qkv", name))
+
+    weights, _, attention, swiglu = reference(model, angle, head_norm=norm, rename=rename)
     h = torch.cat([weights["embed_tokens.weight"], weights["predictors"]])[tokens]
     for at in (f"layers.{i}." for i in range(c.num_layers)):
-        x, heads = norm(h, at + "input_layernorm"), []
-        queries, keys, values = (linear(x, f"{at}self_attn.{n}_proj").split(c.head_dim, 1) for n in "qkv")
-        for i, q in enumerate(queries):
-            k, v = (each[i // (len(queries) // len(keys))] for each in (keys, values))
-            q, k = (ref_rotate(norm(rows, f"{at}self_attn.{n}_norm"), angle) for n, rows in (("q", q), ("k", k)))
-            seen = [torch.softmax(k[: t + 1] @ q[t] / c.head_dim**0.5, 0) @ v[: t + 1] for t in range(len(x))]
-            heads.append(torch.stack(seen))
-        h = h + linear(torch.cat(heads, 1), at + "self_attn.o_proj")
-        x = norm(h, at + "post_attention_layernorm")
-        gate = linear(x, at + "mlp.gate_proj")
-        h = h + linear(gate * torch.sigmoid(gate) * linear(x, at + "mlp.up_proj"), at + "mlp.down_proj")
+        h = h + attention(norm(h, at + "input_layernorm"), at)
+        h = h + swiglu(norm(h, at + "post_attention_layernorm"), at)
     return norm(h, "norm") @ weights["embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"].T
 
 
@@ -1909,195 +1877,177 @@ def test_model_equals_a_slow_reference():
 # ==== jepa_lm.py: published models ===================================================================================
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "silu",
-    "intermediate_size": 48, "vocab_size": 300, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+    "intermediate_size": 48, "hidden_act": "silu", "rms_norm_eps": 1e-5,
 }  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-KINDS = {  # what config.json has instead, parameters it has beside those of Llama
-    "llama": ({"tie_word_embeddings": True, "rope_theta": 1e5, "num_key_value_heads": None}, []),
-    "llama3": (
-        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}, "attention_bias": True},
-        ["lm_head.weight", *(f"model.layers.{i}.self_attn.{n}_proj.bias" for i in (0, 1) for n in "qkvo")],
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
+FAMILIES = {  # model_type -> the base of RoPE, what else stands in config.json, parameters of attention beside Llama's
+    "llama": (
+        5e5,
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "attention_bias": True},
+        "q_proj.bias k_proj.bias v_proj.bias o_proj.bias",
     ),
-    "mistral": ({"model_type": "mistral", "sliding_window": 4096, "head_dim": None}, ["lm_head.weight"]),
+    "mistral": (1e4, {"sliding_window": 4096, "head_dim": None}, ""),
     "qwen2": (
-        {"model_type": "qwen2", "tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False},
-        [f"model.layers.{i}.self_attn.{n}_proj.bias" for i in (0, 1) for n in "qkv"],
+        1e6,
+        {"rope_theta": 1e6, "tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False},
+        "q_proj.bias k_proj.bias v_proj.bias",
     ),
     "qwen3": (
-        {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 12, "rope_parameters": {"rope_theta": 1e6}},
-        [f"model.layers.{i}.self_attn.{n}_norm.weight" for i in (0, 1) for n in "qk"],
+        1e6,
+        {"rope_parameters": {"rope_theta": 1e6}, "tie_word_embeddings": True, "head_dim": 12},
+        "q_norm.weight k_norm.weight",
     ),
 }
+LAYER = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+LAYER += " input_layernorm post_attention_layernorm"
 CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 {{ m['content'] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
 
-def hub_folder(folder, kind="qwen3", template=CHATML, shards=2, **changes):
+def hub_folder(folder, family="qwen3", template=CHATML, **changes):
     """A folder with a tiny random model in the published names, as transformers writes it."""
-    more, extra = KINDS[kind]
-    config = {name: value for name, value in (LLAMA | more | changes).items() if value is not None}
-    D, d = config["hidden_size"], config.get("head_dim", 8)
-    queries, keys, inner = 4 * d, config.get("num_key_value_heads", 4) * d, config["intermediate_size"]
-    sizes = {"model.embed_tokens.weight": (300, D), "model.norm.weight": (D,)}
-    for at in ("model.layers.0.", "model.layers.1."):
-        for name, size in {
-            "self_attn.q_proj": (queries, D), "self_attn.k_proj": (keys, D), "self_attn.v_proj": (keys, D),
-            "self_attn.o_proj": (D, queries), "mlp.gate_proj": (inner, D), "mlp.up_proj": (inner, D),
-            "mlp.down_proj": (D, inner), "input_layernorm": (D,), "post_attention_layernorm": (D,),
-        }.items():  # fmt: skip
-            sizes[f"{at}{name}.weight"] = size
-    by_kind = {"lm_head.weight": (300, D), "q_norm.weight": (d,), "k_norm.weight": (d,), "o_proj.bias": (D,)}
-    by_kind |= {"q_proj.bias": (queries,), "k_proj.bias": (keys,), "v_proj.bias": (keys,)}
-    sizes |= {name: size for name in extra for end, size in by_kind.items() if name.endswith(end)}
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: 0.2 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+    _, more, extra = FAMILIES[family]
+    config = LLAMA | {"model_type": family} | more | changes
+    D, d = 32, config.get("head_dim") or 8
+    parts = [f"{part}.weight" for part in LAYER.split()] + [f"self_attn.{part}" for part in extra.split()]
+    names = [f"model.layers.{i}.{part}" for i in (0, 1) for part in parts]
+    names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    sizes = {"[qk]_norm": (d,), "norm": (D,), "embed|head": (300, D), "q_proj": (4 * d, D), "[kv]_proj": (2 * d, D)}
+    sizes |= {"o_proj": (D, 4 * d), "gate|up": (48, D), "down": (D, 48)}
     folder.mkdir()
-    for i, names in enumerate(np.array_split(sorted(weights), shards)):
-        part = {name: weights[name] for name in names}
-        save_file(
-            part,
-            folder / f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else folder / "model.safetensors",
-        )
+    for shard in ("00001", "00002"):
+        weights = {}
+        for name in names[int(shard) - 1 : len(names) - config.get("tie_word_embeddings", False) : 2]:
+            size = next(size for part, size in sizes.items() if re.search(part, name))
+            weights[name] = 0.2 * torch.randn(size[:1] if "bias" in name else size)
+        save_file(weights, folder / f"model-{shard}-of-00002.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(["<think> user assistant system the step one two three"] * 9, trainer)
+    tokenizer, special = tokenizers.ByteLevelBPETokenizer(), ["<|im_start|>", "<|im_end|>"]
+    words = ["<think> user assistant system the step one two three"] * 9
+    tokenizer.train_from_iterator(words, 300, show_progress=False, special_tokens=special)
     tokenizer.enable_truncation(5)  # some files do, and must not
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
-    settings |= {"chat_template": template} if template else {}
+    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_published_model_equals_the_slow_reference(kind, tmp_path):
-    folder, tokens = hub_folder(tmp_path / "model", kind), [5, 299, 0, 17, *range(40, 60)]
-    model = jepa_lm.from_pretrained(folder)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_published_model_equals_the_slow_reference(family, tmp_path):
+    tokens, model = [5, 299, 0, 17, *range(40, 60)], jepa_lm.from_pretrained(hub_folder(tmp_path / "model", family))
+    assert (model.config.rope_theta, model.config.rms_norm_eps) == (FAMILIES[family][0], 1e-5)
     near(model.head(model(torch.tensor([tokens])))[0], reference_lm(model, tokens), 2e-5)
     near(model.predictors.std(), model.embed_tokens.weight.std(), 0.3)
 
 
 def test_what_a_folder_asks_for_and_we_do_not_have_is_named(tmp_path):
-    for i, (name, value) in enumerate({
+    for name, value in {
         "model_type": "gemma", "hidden_act": "gelu", "mlp_bias": True, "rope_scaling": {"type": "linear", "factor": 2},
-        "rope_parameters": {"rope_type": "yarn"}, "sliding_window": 500,
-    }.items()):  # fmt: skip
-        folder = hub_folder(tmp_path / str(i), "mistral" if name == "sliding_window" else "llama", **{name: value})
-        flags = f"--num_layers 2 --num_heads 4 {files_of(tmp_path, RAGGED)}"
-        _, said = stopped("jepa_lm", tmp_path / "run", f"--init_from {folder} {flags}")
-        word = {"rope_scaling": "rope_type", "rope_parameters": "rope_type"}.get(name, name)
-        assert word in said and ", expected" in said and "\n" not in said, said
-    hub_folder(tmp_path / "base", template=None)
-    _, said = stopped("jepa_lm", tmp_path / "run", f"--init_from {tmp_path / 'base'} {flags}")
-    assert "chat_template" in said and "Instruct" in said
+        "rope_parameters": {"rope_type": "yarn"}, "sliding_window": 500, "chat_template": None,
+    }.items():  # fmt: skip
+        folder = hub_folder(tmp_path / name, "mistral", **{name: value})
+        if name == "chat_template":  # of a base model
+            (folder / "tokenizer_config.json").write_text("{}")
+        _, said = stopped("jepa_lm", tmp_path / "run", f"--init_from {folder}", tiny=False)
+        word = "rope_type" if "rope" in name else name
+        assert word in said and ", expected" in said and "\n" not in said
+    assert "Instruct" in said
 
 
-# Templates that trim the answer, put a space or an empty thought before it, or a date and a default system prompt.
 TRIMS = CHATML.replace("m['content']", "m['content'] | trim")
 SPACE = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
 SPACE += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 THINKS = CHATML.replace(
     "}}\n{{ m", "}}\n{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m"
 )
-DATED = "{{ strftime_now('%Y') }}{% if messages[0]['role'] != 'system' %}be brief{% endif %}" + CHATML
-REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-UPPER = CHATML.replace("m['content']", "m['content'] | upper")
+DATED = "{{ strftime_now('%Y') }}{% if messages[0]['role'] != 'system' %}be brief{% else %}"
+DATED += "{{ raise_exception('no system') }}{% endif %}" + CHATML
+TEMPLATES = {  # template -> what is learned of a chat; None: refused, as the answer or its end is hidden
+    CHATML: " one <|im_end|>the step\n\ntwo\n \nthree\n<|im_end|>",
+    TRIMS: "one<|im_end|>the step\n\ntwo\n \nthree<|im_end|>",
+    SPACE: "  one <|im_end|> the step\n\ntwo\n \nthree\n<|im_end|>",
+    THINKS: " one <|im_end|><think>\n\n</think>\n\nthe step\n\ntwo\n \nthree\n<|im_end|>",
+    DATED: " one <|im_end|>the step\n\ntwo\n \nthree\n<|im_end|>",
+    CHATML.replace("m['content']", "m['content'] | upper"): None,
+    CHATML.replace("<|im_end|>", ""): None,
+}
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMS, SPACE, THINKS, DATED, REFUSES])
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_a_chat_is_what_its_template_renders_and_a_step_has_the_same_tokens_alone(template, tmp_path):
     tokenizer = jepa_lm.open_tokenizer(hub_folder(tmp_path / "model", template=template))
-    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
     chat_of_two = chat(" one ", user="first <think>") + chat("the step\n\ntwo\n \nthree\n", user="é?")
+    if not TEMPLATES[template]:
+        with pytest.raises(ValueError, match="hides its end"):
+            jepa_lm.encode(chat_of_two, tokenizer=tokenizer)
+        return
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
     words = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "strftime_now": datetime.datetime.now().strftime}
-    text = plain.render(messages=chat_of_two, **words)
     sample = jepa_lm.encode(chat_of_two, tokenizer=tokenizer)
-    assert tokenizer.decode(sample.tokens, True) == text
+    assert tokenizer.decode(sample.tokens, True) == plain.render(messages=chat_of_two, **words)
     prompt = plain.render(messages=chat_of_two[:3], add_generation_prompt=True, **words)
     assert tokenizer.decode(sample.tokens[: sample.answer], True) == prompt
-    steps = [sample.tokens[first:last].tolist() for first, last in sample.steps]
-    said = [" the step" if template == SPACE else "the step", "two", "three"]
-    assert steps == [tokenizer.tokens(step) for step in said]
-    learned = tokenizer.decode(sample.labels[sample.labels != -100], True)
-    lead = "<think>\n\n</think>\n\n" if template == THINKS else " " * (template == SPACE)
-    one, three = ("one", "three") if template == TRIMS else (" one ", "three\n")
-    one = " " + one if template == SPACE else one
-    assert learned == f"{one}<|im_end|>{lead}the step\n\ntwo\n \n{three}<|im_end|>"
-    assert len(jepa_lm.encode(chat_of_two, True, tokenizer).labels) == len(sample.tokens)
-    if template == REFUSES:
+    steps = [" the step" if template == SPACE else "the step", "two", "three"]
+    assert [sample.tokens[a:b].tolist() for a, b in sample.steps] == [tokenizer.tokens(step) for step in steps]
+    assert tokenizer.decode(sample.labels[sample.labels != -100], True) == TEMPLATES[template]
+    if template == DATED:
         with pytest.raises(ValueError, match="no system"):
             jepa_lm.encode(RAGGED[1], tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("template", [UPPER, CHATML.replace("<|im_end|>", "")])
-def test_a_template_that_hides_the_answer_is_refused(template, tmp_path):
-    tokenizer = jepa_lm.open_tokenizer(hub_folder(tmp_path / "model", template=template))
-    with pytest.raises(ValueError, match="message 2"):
-        jepa_lm.encode(RAGGED[0], tokenizer=tokenizer)
-
-
 def test_a_published_model_is_fine_tuned_asked_and_exported_without_its_folder(tmp_path, capsys):
-    folder = hub_folder(tmp_path / "model", shards=1)
+    folder, out = hub_folder(tmp_path / "model"), tmp_path / "run"
     flags = f"--init_from {folder} {files_of(tmp_path, RAGGED)} --device cpu --batch_size 4 --max_train_steps 3"
-    for name, more in {"jepa": "--grad_checkpoint", "regular": "--regular", "zero": "--lbd 0"}.items():
-        run("jepa_lm", tmp_path / name, f"{flags} {more}", tiny=False)
-    assert same_run(tmp_path / "regular", tmp_path / "zero")
-    args, start = jepa_lm.parse_args(shlex.split(f"{flags} --out_dir {tmp_path / 'new'}"))
+    args, start = jepa_lm.parse_args(shlex.split(flags))
     assert args.lr == jepa_lm.FINE_TUNING["lr"]
     data, model = jepa_lm.make_data(args, start["config"]), jepa_lm.from_pretrained(folder)
+    chats = []
+    for tokens, labels, steps, _ in data["train"]:
+        tokens = tokens.tolist()
+        pairs = [(tokens[:end], tokens[slice(*target)]) for (_, end), target in itertools.pairwise(steps[:3])]
+        chats.append((tokens, np.flatnonzero(labels != -100), pairs))
     batch = batch_of(data, range(4), 0) | {"step": 0, "share": torch.ones(2)}
-    _, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
-    nll, distances = [], []
-    for sample in data["train"]:  # every text alone
-        h = model(torch.tensor(sample.tokens)[None])[0]
-        nll.append(F.cross_entropy(model.head(h), torch.tensor(sample.labels).long(), reduction="none"))
-        for (_, end), (first, last) in itertools.pairwise(sample.steps[:3]):
-            context = torch.tensor([*sample.tokens[:end], 300, 301])[None]
-            views = model(context)[0, -1], model(torch.tensor(sample.tokens[first:last])[None])[0, -1]
-            distances.append(1 - F.cosine_similarity(*views, dim=0))
-    near(sums["jepa_loss"][0] / sums["jepa_loss"][1], torch.stack(distances).mean(), 1e-4)
-    near(sums["llm_loss"][0], torch.cat(nll).sum(), 1e-4 * sums["llm_loss"][0])
+    loss, sums, _ = jepa_lm.compute_loss(model, batch, {}, args)
+    llm, jepa, *counts = separate_losses(model, chats, args)
+    near(loss, llm + 0.5 * jepa)
+    assert [sums["pairs"][0], sums["valid_tokens"][0]] == counts
+    run("jepa_lm", out, f"{flags} --grad_checkpoint", tiny=False)
     shutil.rmtree(folder)
-    run("jepa_lm", tmp_path / "jepa", "--eval_only --prompt one --max_length 30", tiny=False)
-    said = capsys.readouterr()
-    assert "best.pt of step" in said.err and "an answer is cut at --max_length 30" in said.err
-    run("jepa_lm", tmp_path / "jepa", f"--eval_only --export {tmp_path / 'out'}", tiny=False)
-    best, again = load(tmp_path / "jepa", "best.pt"), jepa_lm.from_pretrained(tmp_path / "out")
-    assert all(
-        torch.equal(again.state_dict()[name], best["model"][name]) for name in best["model"].keys() - {"predictors"}
-    )
+    run("jepa_lm", out, "--eval_only --prompt one --max_length 30")
+    said = capsys.readouterr().err
+    assert "best.pt of step" in said and "an answer is cut at --max_length 30" in said
+    run("jepa_lm", out, f"--eval_only --export {tmp_path}/out")
+    best, again = load(out, "best.pt")["model"], jepa_lm.from_pretrained(tmp_path / "out").state_dict()
+    assert same(again | {"predictors": 0}, best | {"predictors": 0})
     assert jepa_lm.open_tokenizer(tmp_path / "out").tokens("one")
 
 
 # ==== jepa_lm.py: chats ==============================================================================================
 
 
-def test_every_answer_and_its_end_are_supervised_and_the_steps_are_those_of_the_last():
-    sample = jepa_lm.encode(RAGGED[2])
-    assert sample.tokens.tolist() == tokens_of(RAGGED[2])
-    supervised = np.flatnonzero(sample.labels != -100)
-    assert sample.labels[supervised].tolist() == [*b"not\n\nthis one", 256, *b"1\n\n2\n\n3\n\n4\n\n5\n\nsix", 256]
-    assert (sample.labels[supervised] == sample.tokens[supervised + 1]).all()
-    assert [jepa_lm.BYTES.decode(sample.tokens[a:b]) for a, b in sample.steps] == ["1", "2", "3", "4", "5", "six"]
-    assert jepa_lm.BYTES.decode(sample.tokens[sample.answer :]) == "1\n\n2\n\n3\n\n4\n\n5\n\nsix"
-    whole = jepa_lm.encode(RAGGED[3], unmask_user=True)
-    assert whole.labels.tolist() == [*tokens_of(RAGGED[3])[1:], -100]
+def test_answers_and_their_ends_are_supervised_but_for_masked_ones_and_nothing_follows_the_last_to_learn():
+    one, two = chat("one", user="1"), chat("2\n\nsix", user="count é")
+    messages = [*one, one[0], one[1] | {"weight": 0}, *two]
+    sample = jepa_lm.encode([{"role": "system", "content": ""}, *messages, two[0], one[1] | {"train": False}])
+    tokens = tokens_of(messages)  # without an empty system turn
+    assert sample.tokens.tolist() == tokens
+    learned = np.flatnonzero(sample.labels != -100)
+    assert sample.labels[learned].tolist() == [*b"one", 256, *b"2\n\nsix", 256]
+    assert [jepa_lm.BYTES.decode(sample.tokens[a:b]) for a, b in sample.steps] == ["2", "six"]
+    masked = len(tokens_of(messages[:3]))  # its role teaches its first byte
+    tokens[masked + 1 : masked + 5] = [-100] * 4
+    assert jepa_lm.encode(messages, unmask_user=True).labels.tolist() == [*tokens[1:], -100]
 
 
 @pytest.mark.parametrize(
     "text,steps",
     [
-        ("one", ["one"]),
-        ("a\nb", ["a\nb"]),
         ("\n\na\n\nb\n\n", ["a", "b"]),
         ("a\n\n\n\nb\n\n\nc", ["a", "b", "c"]),
         ("a\n\u00a0\nb", ["a", "b"]),
@@ -2121,17 +2071,14 @@ def row(*messages, **fields):
 
 NO_CHATS = {  # a line -> a part of the error message
     "{": "Expecting property name enclosed in double quotes",
-    '{"text": "x"}': "the row has text, which would be dropped",
     row(*ONE, tools=[1]): "the row has tools, which would be dropped",
     row(ONE[0], ONE[1] | {"reasoning_content": "x"}): "message 2 has reasoning_content, which would be dropped",
     '{"messages": "x"}': "message 1 is of type str",
     row(): "roles none",
-    row({"role": "system", "content": "x"}): "roles 'system'",
     row(*RAGGED[2][:3]): "roles 'user', 'assistant', 'user'",
     row(*ONE[::-1]): "roles 'assistant', 'user'",
     row(*ONE, {"role": "tool\nx", "content": "x"}): "'assistant', 'tool\\nx'",
     row(ONE[0], {"role": "assistant", "content": [1]}): "message 2 has content of type list, expected text",
-    row({"role": "user"}, ONE[1]): "message 1 has content of type NoneType, expected text",
     row(*chat(" \n\n")): "the last one is empty",
     row(ONE[0], ONE[1] | {"weight": 0}): "no answer to learn",
     row(*chat("a\ud800")): "surrogates not allowed",
@@ -2149,21 +2096,14 @@ def test_a_line_that_is_no_chat_is_named_or_left_out(bad, tmp_path, capsys):
     assert ", expected " in said and "--skip_bad_chats" in said and not (tmp_path / "run").exists()
     run("jepa_lm", tmp_path / "run", f"--train_file {path} --batch_size 2 --skip_bad_chats")
     said = capsys.readouterr().out
-    reason = " ".join(NO_CHATS[bad].split()[:2])
-    assert re.search(f"{path}: left out 1 lines that are no chats: .*{re.escape(reason)}", said)
+    assert f"{path}: left out 1 lines that are no chats: " in said and NO_CHATS[bad] in said
 
 
 LONGEST = len(tokens_of(RAGGED[3]))
-FEW = [chat(f"answer {i}", user="x" * i) for i in range(8)] + RAGGED[:1]
 FILES = [  # flags, chats to train on and to validate with, what is said of them
     ("", [], OTHERS, "error: .*/train: no chats, expected one on each line"),
     ("--max_length 16", RAGGED, OTHERS, "error: .*/val: no chat is left to train or evaluate on"),
-    (
-        "--max_length 40",
-        RAGGED[:2],
-        RAGGED,
-        f"error: .*/val: 2 of 2 chats are longer than --max_length 40, expected --max_length {LONGEST}",
-    ),
+    ("--max_length 40", RAGGED[:2], RAGGED, f"error: .*/val: 2 of 2 chats are longer .*40, expected .*{LONGEST}"),
     (
         f"--max_length {LONGEST - 1}",
         RAGGED,
@@ -2171,11 +2111,8 @@ FILES = [  # flags, chats to train on and to validate with, what is said of them
         f"train: 1 of 4 chats are longer than --max_length {LONGEST - 1} and left out; the longest has {LONGEST} tokens"
         "\npairs in 2 of 3 chats; --view_based_jepa has one in each\n",
     ),
-    ("", RAGGED, RAGGED[:3] + OTHERS, "left out 3 of 4 validation chats that are in the training data too"),
-    ("", RAGGED, RAGGED[:3], "error: .*/val: no chat is left to train or evaluate on"),
-    ("", FEW, OTHERS, "pairs in 1 of 9 chats; --view_based_jepa has one in each"),
-    ("--view_based_jepa", FEW, OTHERS, "pairs in 9 of 9 chats"),
-    ("--regular", FEW, OTHERS, "^$"),
+    ("--view_based_jepa", RAGGED, RAGGED[:3] + OTHERS, "3 of 4 validation chats .* too\npairs in 4 of 4 chats"),
+    ("--regular", RAGGED, OTHERS, "^$"),
 ]
 
 
@@ -2188,33 +2125,26 @@ def test_chats_too_long_too_few_in_both_files_or_without_pairs_are_said(flags, t
     assert re.search(text, capsys.readouterr().out)
 
 
-def test_masked_answers_teach_nothing_and_what_follows_the_last_one_to_learn_is_left_out():
-    one, two = chat("one", user="1"), chat("two", user="2")
-    masked = one[0], one[1] | {"weight": 0}
-    sample = jepa_lm.encode([{"role": "system", "content": ""}, *masked, *two, two[0], one[1] | {"train": False}])
-    assert sample.tokens.tolist() == tokens_of(one + two)  # no empty system turn
-    assert bytes(sample.labels[sample.labels >= 0][:-1].astype(np.uint8)) == b"two"
-    whole = jepa_lm.encode([*masked, *two], unmask_user=True)
-    left_out = [i for i, label in enumerate(whole.labels[:-1]) if label == -100]
-    assert left_out == [3, 4, 5, 6]  # the bytes of the masked answer and its end
-
-
-def test_without_an_eval_file_a_random_tenth_validates_whatever_the_flags_of_an_evaluation(tmp_path, capsys):
+def test_without_an_eval_file_a_random_tenth_validates_whatever_the_flags_of_an_evaluation(tmp_path):
     chats = [chat("x" * (1 + i % 50), user=f"{i}") for i in range(100)]
     flags = f"--train_file {write_chats(tmp_path / 'chats', chats)}"
     run("jepa_lm", tmp_path / "run", flags)
-    args = parsed("jepa_lm", f"--eval_only --out_dir {tmp_path / 'run'}")
+    args = parsed("jepa_lm", f"--eval_only --out_dir {tmp_path}/run")
     train, val = jepa_lm.load_chats(args, jepa_lm.BYTES)
     assert (len(train), len(val)) == (90, 10)
     places = sorted(int(jepa_lm.BYTES.decode(sample.tokens).rstrip("x")) for sample in val)
-    assert places[0] < 50 < places[-1] and places != list(range(90, 100))
+    assert places[0] < 50 < places[-1]
     args.max_length = 30
     shorter = {sample.tokens.tobytes() for sample in jepa_lm.load_chats(args, jepa_lm.BYTES)[1]}
     assert shorter == {sample.tokens.tobytes() for sample in val if len(sample.tokens) <= 30} and len(shorter) < 10
-    capsys.readouterr()
     (tmp_path / "chats").unlink()
-    run("jepa_lm", tmp_path / "run", f"--eval_only --eval_file {write_chats(tmp_path / 'val', OTHERS)}", tiny=False)
-    assert f"warning: {tmp_path / 'chats'} is gone" in capsys.readouterr().out
+    said = printed("jepa_lm", tmp_path / "run", f"--eval_only --eval_file {write_chats(tmp_path / 'val', OTHERS)}")
+    assert f"warning: {tmp_path}/chats is gone" in said
+
+
+def test_a_second_training_file_is_not_ignored(tmp_path):
+    with mock.patch.object(sys, "argv", ["x", "--train_file", "a", "--train_file=b"]):
+        assert "--train_file is given twice" in stopped("jepa_lm", tmp_path, "--train_file b")[1]
 
 
 def readme_prompt():
@@ -2277,30 +2207,15 @@ def test_jepa_losses_are_the_formulas():
 
 
 def test_sigreg_is_the_epps_pulley_test_along_each_direction():
-    views = torch.randn(6, 8, dtype=torch.float64)
+    views = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     directions = F.normalize(torch.randn(8, 5), dim=0)
     points = torch.linspace(-3, 3, 33).double()
     gauss = (-(points**2) / 2).exp()
     phi = (1j * points * (views @ directions.double())[..., None]).exp().mean(0)  # [5, 33]
-    near(jepa_lm.sigreg(views, directions), 6 * torch.trapezoid((phi - gauss).abs() ** 2 * gauss, points).mean(), 1e-5)
+    losses = jepa_lm.sigreg(views, directions), 6 * torch.trapezoid((phi - gauss).abs() ** 2 * gauss, points).mean()
+    near(*losses, 1e-5)
+    near(*(torch.autograd.grad(loss, views)[0] for loss in losses), 1e-5)
     assert jepa_lm.sigreg(torch.randn(4000, 8), directions) < 2 < 1000 < jepa_lm.sigreg(torch.ones(4000, 8), directions)
-
-
-def test_sigreg_drives_collapsed_views_apart():
-    generator = torch.Generator().manual_seed(0)
-    views = (1 + 0.1 * torch.randn(32, 16, generator=generator)).requires_grad_()
-    optimizer = torch.optim.Adam([views], lr=0.05)
-
-    def cosine():  # the diagonal adds 1 / 32
-        return F.cosine_similarity(views[:, None], views, dim=-1).mean()
-
-    assert cosine() > 0.95
-    for _ in range(100):
-        optimizer.zero_grad()
-        directions = F.normalize(torch.randn(16, 64, generator=generator), dim=0)
-        jepa_lm.sigreg(F.rms_norm(views, (16,)), directions).backward()
-        optimizer.step()
-    assert abs(cosine() - 1 / 32) < 0.05
 
 
 def test_the_losses_of_a_batch_are_the_functions_of_its_views(tmp_path):
@@ -2322,15 +2237,14 @@ def test_the_losses_of_a_batch_are_the_functions_of_its_views(tmp_path):
 
 
 def test_batches_of_a_shuffled_file_have_little_padding(tmp_path):
-    """Answers in steps of very different lengths, packed and plain."""
+    """Answers in steps of very different lengths, and their pairs."""
     generator = np.random.default_rng(0)
     steps = [generator.integers(5, 60, generator.integers(1, 6)) for _ in range(2000)]
     flags = files_of(tmp_path, [chat("\n\n".join("x" * n for n in each)) for each in steps])
-    for lbd, least in ((0.0, 0.9), (0.5, 0.8)):  # unsorted: about .65
-        data = jepa_lm.make_data(parsed("jepa_lm", f"{flags} --lbd {lbd}"), {})
-        batches = training_batches(data["train"], data["collate"], "cpu", 0, 8, np.arange(8)[None])
-        used = torch.cat([(batch["tokens"] >= 0).flatten() for batch in itertools.islice(batches, 64)])
-        assert used.float().mean() > least
+    data = jepa_lm.make_data(parsed("jepa_lm", flags), {})
+    batches = training_batches(data["train"], data["collate"], "cpu", 0, 8, np.arange(8)[None])
+    used = torch.cat([(batch["tokens"] >= 0).flatten() for batch in itertools.islice(batches, 64)])
+    assert used.float().mean() > 0.8  # unsorted: about .65
 
 
 def test_an_update_draws_the_jepa_ratio_and_directions_once(tmp_path):
@@ -2396,6 +2310,8 @@ def test_the_losses_are_means_over_the_tokens_and_pairs_of_the_whole_update(flag
     loss = args.gamma * llm + args.lbd * jepa
     right = {"llm_loss": llm.item(), "loss": loss.item(), "grad_norm": grad_norm(loss, model)}
     right |= {"valid_tokens": answers / 4, "pairs": pairs / 4 * (args.lbd > 0)}
+    right |= {"jepa_loss": jepa.item(), "cos_paired": 1 - jepa.item()} if args.lbd else {}
+    assert lines[0].keys() == {"step", "split", "loss", "llm_loss", "exact_match", "prefix_match"}
     assert {name: lines[1][name] for name in right} == pytest.approx(right, rel=1e-5)
     assert lines[0]["llm_loss"] == pytest.approx(naive_losses(model, OTHERS, args)[0].item(), rel=1e-5)  # validation
 
@@ -2409,36 +2325,19 @@ def test_unmask_user_supervises_everything_in_training_and_nothing_more_in_valid
     assert whole[1]["valid_tokens"] == sum(len(tokens_of(messages)) - 1 for messages in RAGGED[:3]) / 3
 
 
-def test_jepa_metrics_are_the_ones_of_the_design(tmp_path):
-    lines = run("jepa_lm", tmp_path, "--eval_samples 300 --sigreg 0")
-    train, val, final = lines[2], lines[0], lines[-1]
-    names = (
-        "step split loss llm_loss jepa_loss cos_paired cos_unpaired cos_targets valid_tokens pairs skipped grad_norm"
-    )
-    assert train.keys() == {*names.split(), "lr", "samples"}
-    assert val.keys() == {"step", "split", "loss", "llm_loss", "exact_match", "prefix_match"}
-    assert train["loss"] == pytest.approx(train["llm_loss"] + 0.5 * train["jepa_loss"])
-    assert train["jepa_loss"] == pytest.approx(1 - train["cos_paired"], abs=1e-5) and train["pairs"] == 2
-    assert final["first_loss"] == val["loss"] == val["llm_loss"]
-
-
-def test_debug_counts_right(tmp_path, capsys):
-    flags = f"{files_of(tmp_path, RAGGED)} --batch_size 4 --max_train_steps 1"
-    lines = run("jepa_lm", tmp_path / "run", f"{flags} --debug 5")
-    out = capsys.readouterr().out
-    plain = sum(len(tokens_of(messages)) for messages in RAGGED)
-    answers = int(4 * lines[1]["valid_tokens"])
+def test_debug_counts_right(tmp_path):
+    flags = f"{files_of(tmp_path, RAGGED)} --batch_size 4 --max_train_steps 1 --debug"
+    said, line = printed("jepa_lm", tmp_path / "run", f"{flags} 5"), lines_of(tmp_path / "run")[1]
+    plain, answers = sum(len(tokens_of(messages)) for messages in RAGGED), int(4 * line["valid_tokens"])
     extra = sum(2 + len(step) for each in RAGGED for _, step in naive_pairs(each, parsed("jepa_lm", "")))
-    assert f"step=1, input_batch=4, forward_batch=4, tokens forward={plain + extra} plain={plain} (" in out
-    assert f"valid_tokens={answers}, loss_per_token={lines[1]['llm_loss']:.4f}, pairs=5, skipped=1" in out
+    assert f"step=1, input_batch=4, forward_batch=4, tokens forward={plain + extra} plain={plain} (" in said
+    assert f"valid_tokens={answers}, loss_per_token={line['llm_loss']:.4f}, pairs=5, skipped=1" in said
     for name in ("cos_paired", "cos_unpaired", "cos_targets"):
         number = r"-?\d\.\d{4}"
-        assert re.search(rf"{name} +mean={lines[1][name]:.4f} std={number} min={number} max={number}$", out, re.M)
-    run("jepa_lm", tmp_path / "zero", f"{flags} --debug 5 --lbd 0")
-    out = capsys.readouterr().out
-    assert f"tokens forward={plain} plain={plain} (1.00x)" in out and "cos_" not in out
-    run("jepa_lm", tmp_path / "one", f"{flags} --debug 1")
-    assert "cos_" not in capsys.readouterr().out
+        assert re.search(rf"{name} +mean={line[name]:.4f} std={number} min={number} max={number}$", said, re.M)
+    said = printed("jepa_lm", tmp_path / "zero", f"{flags} 5 --lbd 0")
+    assert f"tokens forward={plain} plain={plain} (1.00x)" in said and "cos_" not in said
+    assert "cos_" not in printed("jepa_lm", tmp_path / "one", f"{flags} 1")
 
 
 def test_a_log_line_says_that_the_views_have_collapsed():
@@ -2460,7 +2359,7 @@ def test_two_processes_when_one_of_them_has_no_pair(tmp_path):
 # ==== jepa_lm.py: generation =========================================================================================
 
 
-def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_path, capsys):
+def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_path):
     """Chats learned by heart, the README's too, by an untrained, a half and a fully trained model."""
     question, *steps = readme_prompt()
     learned = [*RAGGED[:3], chat("\n\n".join(steps), user=question)]
@@ -2468,13 +2367,14 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
     out, flags = tmp_path / "run", f"{files_of(tmp_path, learned)} --hidden_size 64 --num_layers 1 --batch_size 4"
     flags += " --lr 1e-2 --lbd 0.1 --warmup_steps 5 --max_train_steps 120 --eval_interval 120 --device cpu"
     run("jepa_lm", out, flags, tiny=False)
-    args = parsed("jepa_lm", f"--eval_only --out_dir {out} --batch_size 4")
-    data = jepa_lm.make_data(args, {}) | {"val": [jepa_lm.encode(messages) for messages in test]}
-    weights, scores = load(out)["model"], []
-    (out / "ckpt.pt").rename(out / "best.pt")  # the best one is untrained: these chats do not help with others
+    (tmp_path / "train").unlink()  # an evaluation on another file does without the training file
+    more = f"--eval_only --eval_file {write_chats(tmp_path / 'test', test)}"
+    args = parsed("jepa_lm", f"{more} --out_dir {out}")
+    data, model, last = jepa_lm.make_data(args, {}), best_of("jepa_lm", out), load(out)["model"]
+    first = copy.deepcopy(model.state_dict())  # the best one is untrained: these chats do not help with others
+    (out / "ckpt.pt").replace(out / "best.pt")
     for part in (0.0, 0.5, 1.0):
-        model = jepa_model(hidden_size=64, num_layers=1, num_heads=8)
-        model.load_state_dict({name: torch.lerp(w, weights[name], part) for name, w in model.state_dict().items()})
+        model.load_state_dict({name: torch.lerp(w, last[name], part) for name, w in first.items()})
         hits = []
         for sample in data["val"]:
             right = sample.tokens.tolist()
@@ -2484,30 +2384,24 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
             assert jepa_lm.generate(model, sample.tokens[: sample.answer], len(right), 256) == tokens
             hits.append((tokens == right, tokens[: len(right) - 1] == right[:-1]))
         metrics = jepa_lm.evaluate(model, data, args)
-        scores.append([metrics["exact_match"], metrics["prefix_match"]])
-        assert scores[-1] == pytest.approx(np.mean(hits, 0))
-    assert scores[0][0] == 0 and scores[2][0] == 0.5 < scores[2][1]
+        exact, prefix = metrics["exact_match"], metrics["prefix_match"]
+        assert [exact, prefix] == pytest.approx(np.mean(hits, 0))
+    assert exact == 0.5 < prefix
 
-    def answer(flags=""):
-        capsys.readouterr()
-        run("jepa_lm", out, f"--eval_only {flags}", tiny=False)
-        return capsys.readouterr().out
+    def answer(flags):
+        return printed("jepa_lm", out, f"--eval_only {flags}", False)
 
     assert answer(f'--prompt "{question}"').split() == steps
-    assert answer("--prompt what?") == "one\n\ntwo is longer\n\n3\n"
     assert answer("--prompt q --system brief") == "a single step\n"
-    assert "before training" not in answer()
-    (tmp_path / "train").unlink()  # an evaluation on another file does without the training file
-    shown = answer(f"--eval_file {write_chats(tmp_path / 'test', test)}")
-    assert re.search(rf"^this model .*{scores[2][0]:8.4f}{scores[2][1]:8.4f}$", shown, re.M)
-    asked = write_chats(tmp_path / "asked", [test[3], test[2][:3], chat("?", user=question)])
-    answer(f"--prompt {asked} --answers {tmp_path / 'answers'}")
+    shown = answer(more)
+    assert re.search(rf"^this model .*{exact:8.4f}{prefix:8.4f}$", shown, re.M) and "before" not in shown
+    asked = write_chats(tmp_path / "asked", [test[2][:3], chat("?", user=question)])
+    answer(f"--prompt {asked} --answers {tmp_path}/answers")
     said = [json.loads(line)["messages"] for line in (tmp_path / "answers").read_text().splitlines()]
-    assert [messages[:-1] for messages in said] == [test[3][:1], test[2][:3], chat("?", user=question)[:1]]
-    assert said[1][-1] == RAGGED[2][3] and said[2][-1]["content"].split() == steps
-    for bad, said in {"a\udcff": "--prompt or --system: .* surrogates not allowed, expected text in UTF-8"}.items():
-        with pytest.raises(SystemExit, match=said):
-            answer(f"--prompt {bad}")
+    assert said[0] == RAGGED[2] and said[1] == chat(said[1][1]["content"], user=question)
+    assert said[1][1]["content"].split() == steps
+    with pytest.raises(SystemExit, match="--prompt or --system: .* surrogates not allowed, expected text in UTF-8"):
+        answer("--prompt a\udcff")
 
 
 # ==== the shared part: proven through each script ====================================================================
@@ -2533,14 +2427,14 @@ def own_data(script, folder, seed=0, size=60):
 
 
 @each_script
-def test_a_run_writes_its_lines_and_a_checkpoint_that_eval_only_repeats(script, tmp_path, capsys):
+def test_a_run_writes_its_lines_and_a_checkpoint_that_eval_only_repeats(script, tmp_path):
     lines = run(script, tmp_path, "--ema_decay 0.9 --grad_clip 0.01 --weight_decay 0.3 --grad_checkpoint False")
     order = " ".join(f"{line['split']} {line['step']}" for line in lines)
     assert order == "val 0 train 1 train 2 train 3 val 3 train 4 train 5 train 6 val 6 final 6"
     train, best = of_split(lines, "train"), min(of_split(lines, "val"), key=lambda line: line["loss"])
     assert [line["samples"] for line in train] == [8, 16, 24, 32, 40, 48] and {"loss", "lr"} <= train[0].keys()
     checkpoint, kept, final = load(tmp_path), load(tmp_path, "best.pt"), lines[-1]
-    assert checkpoint["script"] == script and checkpoint["step"] == 6 and not checkpoint["args"]["grad_checkpoint"]
+    assert not checkpoint["args"]["grad_checkpoint"]
     assert checkpoint["state"]["best"] == kept["metrics"] and kept["metrics"] | {"split": "val"} == best
     assert {f"best_{name}": value for name, value in kept["metrics"].items()}.items() <= final.items()
     assert final["first_loss"] == lines[0]["loss"]
@@ -2554,9 +2448,8 @@ def test_a_run_writes_its_lines_and_a_checkpoint_that_eval_only_repeats(script, 
     moments = sum(state["exp_avg_sq"].sum() for state in optimizer["state"].values())
     assert moments <= 0.01**2 < train[0]["grad_norm"] ** 2
     before = contents(tmp_path)
-    capsys.readouterr()
-    run(script, tmp_path, "--eval_only", tiny=False)
-    assert f"Loss: {final['best_loss']:.4f}" in capsys.readouterr().out and before == contents(tmp_path)
+    assert f"Loss: {final['best_loss']:.4f}" in printed(script, tmp_path, "--eval_only")
+    assert before == contents(tmp_path)
 
 
 def test_trm_metrics_are_the_ones_of_the_design(tmp_path):
@@ -2564,7 +2457,7 @@ def test_trm_metrics_are_the_ones_of_the_design(tmp_path):
     final, train = lines[-1], of_split(lines, "train")
     assert final["loss"] == final["step_1_loss"] and final["zero_loss"] == pytest.approx(1.0, rel=1e-4)
     assert {"copy_loss", "first_exact_acc", "best_solved_acc"} <= final.keys() and "ridge_loss" not in final
-    assert all(line["cycles"] == 2 for line in train) and final["copy_exact_acc"] == pytest.approx(14 / 36)
+    assert final["copy_exact_acc"] == pytest.approx(14 / 36)
     assert [line.get("mean_steps") for line in train] == [None, None, 3.0] * 2  # where rows halted
 
 
@@ -2577,20 +2470,20 @@ def test_a_seed_decides_everything_and_evaluating_changes_nothing(script, tmp_pa
     assert run(script, tmp_path / "c", "--seed 1 --max_train_steps 1")[1]["loss"] != once[1]["loss"]
 
 
-def do_at(script, at, action):
-    """A patch: action() is called at the beginning of the micro-batch number `at`, counted from 1."""
-    real, count = SCRIPTS[script].compute_loss, itertools.count(1)
+def do_at(script, at, action, name="compute_loss"):
+    """A patch: action() is called at the beginning of call number `at` of this function, counted from 1."""
+    real, count = getattr(SCRIPTS[script], name), itertools.count(1)
 
     def spy(*inputs):
         if next(count) == at:
             action()
         return real(*inputs)
 
-    return mock.patch.object(SCRIPTS[script], "compute_loss", spy)
+    return mock.patch.object(SCRIPTS[script], name, spy)
 
 
-def interrupt(script, at, number=signal.SIGTERM):
-    return do_at(script, at, lambda: os.kill(os.getpid(), number))
+def interrupt(script, at, number=signal.SIGTERM, *name):
+    return do_at(script, at, lambda: os.kill(os.getpid(), number), *name)
 
 
 @pytest.mark.parametrize(
@@ -2607,7 +2500,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(script, name, interval, tm
     assert stop.value.code == 128 + number and signal.getsignal(number) == handler
     assert f"stopped after step 5; to continue: --resume --out_dir '{parts}'" in capsys.readouterr().out
     assert load(parts)["step"] == 5 and lines_of(parts)[-1]["step"] == 4
-    run(script, parts, "--resume", tiny=False)
+    run(script, parts, "--resume")
     run(script, tmp_path / "whole", flags)
     assert same_run(parts, tmp_path / "whole")
 
@@ -2627,23 +2520,8 @@ def test_a_run_in_a_thread_needs_no_handlers(tmp_path):
 
 def signal_to(script, who, name, rank):
     """Process `who` receives SIGTERM during its fourth update, or its second pass over validation data."""
-    real, count = SCRIPTS[script].eval_batches, itertools.count(1)
-
-    def kill():
-        if rank == who:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def batches(*inputs):
-        this = next(count)
-        for batch in real(*inputs):
-            yield batch
-            if this == 2:
-                kill()
-
-    if name == "compute_loss":
-        do_at(script, 4, kill).start()
-    else:
-        SCRIPTS[script].eval_batches = batches
+    if rank == who:
+        interrupt(script, 4 if name == "compute_loss" else 2, signal.SIGTERM, name).start()
 
 
 @each_script
@@ -2659,7 +2537,7 @@ def test_a_signal_to_one_process_ends_all_in_good_order_also_within_an_evaluatio
     assert count == 1 or not processes.text(1)
     assert step == (4 if name == "compute_loss" else 0 if script == "nepa_deep" else 3)
     assert len(of_split(lines_of(parts), "val")) == (step + 2) // 3  # half an evaluation is none
-    lines = run(script, parts, "--resume --batch_size 8", tiny=False)
+    lines = run(script, parts, "--resume --batch_size 8")
     close(run(script, tmp_path / "whole", f"{flags} 8"), lines, (count - 1) * 2e-5)
 
 
@@ -2669,17 +2547,17 @@ def test_one_command_starts_a_run_and_resumes_it_after_a_crash_without_repeating
     """The last checkpoint is of the first validation, or of step 3 while the log goes on to step 4."""
     whole, parts = run(script, tmp_path / "whole"), tmp_path / "parts"
     with do_at(script, at, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
-        run(script, parts, "--resume")
+        run(script, parts, "--resume", tiny=True)
     with open(parts / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "spl')  # half a line
     assert load(parts)["step"] == (0 if at == 1 else 3)
     for _ in range(2):  # a finished run resumed is only summed up again
-        assert run(script, parts, "--resume") == whole
-    longer = run(script, parts, "--resume --max_train_steps 8", tiny=False)
+        assert run(script, parts, "--resume", tiny=True) == whole
+    longer = run(script, parts, "--resume --max_train_steps 8")
     assert [line["step"] for line in of_split(longer, "final")] == [8]
 
 
-def stopped(script, out_dir, flags, tiny=True):
+def stopped(script, out_dir, flags="", tiny=None):
     """The exit code of a run that fails and the last line that it says."""
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as said:
         run(script, out_dir, flags, tiny)
@@ -2693,22 +2571,21 @@ def test_a_run_is_resumed_with_its_flags_but_for_the_few_that_may_change(script,
     before = contents(tmp_path)
     for flags, code, message in (
         ("--resume --lr 0.5", 2, "--lr 0.5 conflicts with"),
-        ("--resume --hidden_size 64", 2, "--hidden_size 64 conflicts with"),
         ("--eval_only --seed 4", 2, "--seed 4 conflicts"),
         ("--resume --batch_size 4", 1, "--batch_size * --grad_accum * processes: 4, expected 8"),
         ("", 2, "holds a run: --resume continues it, --eval_only uses it"),
     ):
-        found, text = stopped(script, tmp_path, flags, tiny=False)
+        found, text = stopped(script, tmp_path, flags)
         assert found == code and message in text
     assert before == contents(tmp_path)
     flags = "--resume --batch_size 4 --grad_accum 2 --max_train_steps 8 --log_interval 2"
-    lines = run(script, tmp_path, flags, tiny=False)
+    lines = run(script, tmp_path, flags)
     assert lines[-1]["step"] == 8 and lines[-3]["samples"] == 64
-    run(script, tmp_path, "--resume --max_train_steps 5", tiny=False)  # done already
+    run(script, tmp_path, "--resume --max_train_steps 5")  # done already
 
 
 @each_script
-def test_data_may_move_but_not_change(script, tmp_path, monkeypatch, capsys):
+def test_data_may_move_but_not_change(script, tmp_path, monkeypatch):
     """The same samples under another path from another folder go on; one less or others, as many, do not."""
     more, out = "--min_lr_ratio 1 --max_train_steps", tmp_path / "run"
     whole = run(script, tmp_path / "whole", f"{own_data(script, tmp_path / 'whole_data')} {more} 6")
@@ -2716,18 +2593,16 @@ def test_data_may_move_but_not_change(script, tmp_path, monkeypatch, capsys):
     run(script, out, f"{own_data(script, Path('data'))} {more} 3")
     Path("data").rename("gone")
     monkeypatch.chdir("/")
-    assert "data" in stopped(script, out, "--resume", tiny=False)[1]
+    assert "data" in stopped(script, out, "--resume")[1]
     for seed, size, said in (
         (0, 59, r"number of \w+ samples: 5\d?, expected (54|6),"),
         (1, 60, r"content .* expected \w{16},"),
     ):
         flags = own_data(script, tmp_path / str(size), seed, size)
-        assert re.search(said, stopped(script, out, f"--resume {flags}", tiny=False)[1])
+        assert re.search(said, stopped(script, out, f"--resume {flags}")[1])
     moved = own_data(script, tmp_path / "moved")
-    assert run(script, out, f"--resume {moved} --max_train_steps 6", tiny=False) == whole
-    capsys.readouterr()
-    run(script, out, f"--eval_only {moved}", tiny=False)
-    assert f"Loss: {whole[-1]['best_loss']:.4f}" in capsys.readouterr().out
+    assert run(script, out, f"--resume {moved} --max_train_steps 6") == whole
+    assert f"Loss: {whole[-1]['best_loss']:.4f}" in printed(script, out, f"--eval_only {moved}")
     # A batch larger than the data runs into the next epoch.
     lines = run(script, tmp_path / "large", f"{moved} --batch_size 80 --max_train_steps 2")
     assert lines[-1]["step"] == 2 and lines[-3]["samples"] == 160
@@ -2741,8 +2616,8 @@ def test_init_from_takes_the_averaged_weights_of_a_run_however_they_are_wrapped(
     for i, file in enumerate((tmp_path / "old" / "ckpt.pt", tmp_path / "old" / "best.pt", path)):
         new = run(script, tmp_path / str(i), f"--init_from {file} --max_train_steps 1")
         assert {**new[0], "step": 3} == old[-2]
-    _, text = stopped(script, tmp_path / "new", f"--init_from {tmp_path / 'old/best.pt'} --hidden_size 64")
-    assert f"--hidden_size 64 conflicts with {tmp_path / 'old/best.pt'}, which has" in text
+    _, text = stopped(script, tmp_path / "new", f"--init_from {tmp_path}/old/best.pt --hidden_size 64")
+    assert f"--hidden_size 64 conflicts with {tmp_path}/old/best.pt, which has" in text
     name = list(weights)[-1]
     torch.save(weights | {name: weights[name] * math.nan}, path)
     code, text = stopped(script, tmp_path / "a", f"--init_from {path}")
@@ -2752,30 +2627,6 @@ def test_init_from_takes_the_averaged_weights_of_a_run_however_they_are_wrapped(
     assert text.startswith(f"error: {path}: ") and name in text
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert "pip install safetensors" in stopped(script, tmp_path / "c", f"--init_from {path}.safetensors")[1]
-
-
-SPLITS = (1, 4, ""), (2, 1, ""), (2, 3, "--grad_checkpoint --eval_samples 3")  # processes, micro-batches, flags
-
-
-@pytest.mark.parametrize(
-    "script,count,accum,flags",
-    [(script, *split) for script in SCRIPTS for split in SPLITS]
-    + [("trm_deep", 2, 3, "--enable_deep_supervision False")],
-)
-def test_micro_batches_and_processes_equal_one_batch_in_one_process(script, count, accum, flags, tmp_path):
-    """19 validation samples are batches of 4, 4, 4, 4 and 3 for two; of 3 the second process has none at all."""
-    flags, size = f"--eval_samples 19 {flags}", 4 * count * accum
-    one, parts = run(script, tmp_path / "one", f"{flags} --batch_size {size}"), tmp_path / "parts"
-    split = run if count == 1 else two_processes
-    close(one, split(script, parts, f"{flags} --batch_size 4 --grad_accum {accum}"), 2e-5)
-    a, b = load(tmp_path / "one"), load(parts)
-    for part, atol in (("model", 1e-5), ("carry", 1e-2)):
-        for name, value in a[part].items():
-            torch.testing.assert_close(b[part][name], value, atol=atol, rtol=1e-2)
-    # The rows lie in the checkpoint in one order however they were split: one batch takes the run over.
-    grown = "--resume --max_train_steps 8"
-    lines = run(script, parts, f"{grown} --batch_size {size} --grad_accum 1", tiny=False)
-    close(run(script, tmp_path / "one", grown, tiny=False), lines, 1e-4)
 
 
 def always_sure(rank=0):
@@ -2789,15 +2640,33 @@ def always_sure(rank=0):
     trm_deep.Model.__init__ = init
 
 
-def test_two_processes_equal_one_when_rows_halt_at_different_steps(tmp_path, monkeypatch):
-    flags = "--halt_exploration_prob 0.6 --halt_max_steps 4 --max_train_steps 8 --batch_size"
-    monkeypatch.setattr(trm_deep.Model, "__init__", trm_deep.Model.__init__)  # undone at the end
-    always_sure()
-    one, halted = run("trm_deep", tmp_path / "one", f"{flags} 24"), load(tmp_path / "one")["carry"]
-    assert len(set(halted["steps"].tolist())) > 2 and 0 < halted["halted"].sum() < len(halted["halted"])
-    close(one, two_processes("trm_deep", tmp_path / "two", f"{flags} 4 --grad_accum 3", prepare=always_sure), 2e-5)
-    carry = load(tmp_path / "two")["carry"]
-    assert all(torch.equal(halted[name], carry[name]) for name in ("halted", "steps", "min_steps", "labels"))
+SPLITS = (1, 4, ""), (2, 1, ""), (2, 3, "--grad_checkpoint --eval_samples 3")  # processes, micro-batches, flags
+
+
+@pytest.mark.parametrize(
+    "script,count,accum,flags",
+    [(script, *split) for script in SCRIPTS for split in SPLITS]
+    + [("trm_deep", 2, 3, flags) for flags in ("--enable_deep_supervision False", "--halt_exploration_prob 0.6")],
+)
+def test_micro_batches_and_processes_equal_one_batch_in_one_process(script, count, accum, flags, tmp_path, monkeypatch):
+    """19 validation samples are batches of 4, 4, 4, 4 and 3 for two; of 3 the second process has none at all."""
+    flags, size, how = f"--eval_samples 19 {flags}", 4 * count * accum, {}
+    if "exploration" in flags:  # rows halt at different steps
+        monkeypatch.setattr(trm_deep.Model, "__init__", trm_deep.Model.__init__)  # undone at the end
+        always_sure()
+        how = {"prepare": always_sure}
+    one, parts = run(script, tmp_path / "one", f"{flags} --batch_size {size}"), tmp_path / "parts"
+    split = run if count == 1 else two_processes
+    close(one, split(script, parts, f"{flags} --batch_size 4 --grad_accum {accum}", **how), 2e-5)
+    a, b = load(tmp_path / "one"), load(parts)
+    for part, atol in (("model", 1e-5), ("carry", 1e-2)):
+        for name, value in a[part].items():
+            torch.testing.assert_close(b[part][name], value, atol=atol, rtol=1e-2)
+    assert not how or 0 < a["carry"]["halted"].sum() < size and len(a["carry"]["steps"].unique()) > 2
+    # The rows lie in the checkpoint in one order however they were split: one batch takes the run over.
+    grown = "--resume --max_train_steps 8"
+    lines = run(script, parts, f"{grown} --batch_size {size} --grad_accum 1")
+    close(run(script, tmp_path / "one", grown), lines, 1e-4)
 
 
 @each_script
@@ -2809,7 +2678,7 @@ def test_mixed_precision_trains_close_to_float32_and_resumes(script, dtype, tmp_
     assert all(value.dtype == torch.float32 for value in load(tmp_path / "mixed")["model"].values())
     with interrupt(script, at=4), pytest.raises(SystemExit):
         run(script, tmp_path / "parts", f"{flags} --dtype {dtype}")
-    assert run(script, tmp_path / "parts", "--resume", tiny=False) == mixed
+    assert run(script, tmp_path / "parts", "--resume") == mixed
 
 
 @each_script
@@ -2859,14 +2728,11 @@ BAD_FLAGS = {
 BAD_METHOD_FLAGS = {
     "trm_deep": {
         "--deep_supervision_weight 0.3": "--detach_cycles need --enable_deep_supervision",
-        "--detach_cycles": "--detach_cycles need --enable_deep_supervision",
         "--enable_deep_supervision --deep_supervision_schedule cubic": "float: 'cubic', expected a name",
         "--enable_deep_supervision --deep_supervision_schedule 1,1 --curriculum_end_step 0": "2 weights for 3 steps",
         "--enable_deep_supervision --deep_supervision_schedule 0.5,1,1": "or --curriculum_end_step 0 and all weights",
         "--halt_cosine 0.5": "--halt_cosine and --normalize need --data_folder",
-        "--data_folder=": "--data_folder is empty",
         "--predict a.npy b.npy": "--predict needs --eval_only",
-        "--hidden_size 30": "error: hidden_size 30, expected a multiple of 2 * num_heads = 8",
     },
     "nepa_deep": {
         "--intermediate_loss_weight 2": "--intermediate_loss_weight needs --use_intermediate_loss",
@@ -2875,7 +2741,6 @@ BAD_METHOD_FLAGS = {
         "--rope_rescale 0.5": "'0.5', expected at least 1",
         "--probe_samples 5": "'5', expected at least 10",
         "--num_heads 3": "error: hidden_size 64, expected a multiple of 4 * num_heads = 12",
-        "--patch_size 33": "error: image_size (0, 0), expected multiples of patch_size 33",
         "--image_size 8 8 8": "error: image_size [8, 8, 8]: ",
         "--features x.npy": "--features needs --eval_only",
     },
@@ -2884,7 +2749,6 @@ BAD_METHOD_FLAGS = {
         "--prompt x": "--prompt and --export need --eval_only",
         "--system x": "--system needs --prompt QUESTION",
         "--train_file /none": "error: [Errno 2] No such file or directory: '/none'",
-        "--hidden_size 30": "error: hidden_size is 30, expected a multiple of 2 * num_heads = 16",
     },
 }
 
@@ -2919,7 +2783,7 @@ def test_wandb_offline_holds_the_metrics_and_disabled_never_imports_it(script, t
     prefix = {"train": "", "val": "val/", "final": "final/"}
     names = {prefix[line["split"]] + name for line in lines for name in line if name not in ("step", "split")}
     assert not in_wandb(tmp_path, names | {"proof", "seconds"})
-    run(script, tmp_path, "--resume --max_train_steps 7", tiny=False)  # the same run goes on
+    run(script, tmp_path, "--resume --max_train_steps 7")  # the same run goes on
     assert {path.stem for path in tmp_path.glob("wandb/*/*.wandb")} == {f"run-{load(tmp_path)['state']['wandb_id']}"}
 
 
@@ -2987,7 +2851,7 @@ def test_torchrun_passes_a_signal_on_and_one_process_takes_over(tmp_path):
         while not (tmp_path / "metrics.jsonl").exists() or len(lines_of(tmp_path)) < 6:
             assert process.poll() is None
             time.sleep(0.01)
-        _, text = stopped("trm_deep", tmp_path, "--resume --batch_size 8", tiny=False)
+        _, text = stopped("trm_deep", tmp_path, "--resume --batch_size 8")
         assert re.fullmatch(rf"error: another process \(\S+, \d+\) is training in {tmp_path}", text)
         process.send_signal(signal.SIGTERM)
         process.wait(120)
@@ -2995,7 +2859,7 @@ def test_torchrun_passes_a_signal_on_and_one_process_takes_over(tmp_path):
         process.kill()
     step = load(tmp_path)["step"]
     assert step >= 5 and lines_of(tmp_path)[-1]["step"] == step
-    lines = run("trm_deep", tmp_path, f"--resume --batch_size 8 --max_train_steps {step + 2}", tiny=False)
+    lines = run("trm_deep", tmp_path, f"--resume --batch_size 8 --max_train_steps {step + 2}")
     assert [line["step"] for line in of_split(lines, "train")] == list(range(1, step + 3))
 
 
@@ -3011,12 +2875,12 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(count, tmp_path):
     before = (out / "ckpt.pt").read_bytes()
     for file, size in (("metrics.jsonl", load(out)["state"]["log_size"] + 20), ("(ckpt|best).pt", 20_000)):
         again = f"--resume --max_train_steps 6 --batch_size {16 // count}"
-        full = Processes(script, out, again, count=count, tiny=False, prepare=functools.partial(no_room, size))
+        full = Processes(script, out, again, count=count, prepare=functools.partial(no_room, size))
         assert full.wait() == [1] * count
         assert re.match(rf"(\[rank 0\] )?error: \S*/{file}: .+, expected .*room\n$", full.text().splitlines(True)[-1])
         assert before == (out / "ckpt.pt").read_bytes() and not list(out.glob("*.tmp"))
     whole = run(script, tmp_path / "whole", flags)
-    assert run(script, out, "--resume --max_train_steps 6", tiny=False) == whole
+    assert run(script, out, "--resume --max_train_steps 6") == whole
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -3047,19 +2911,17 @@ def test_a_file_that_cannot_be_read_is_one_line_stays_and_runs_no_code(script, t
     places |= {f"data/{name}": data for name in os.listdir(tmp_path / "data")}
     if script == "trm_deep":
         places["in.npy"] = f"--eval_only --predict {tmp_path}/in.npy {tmp_path}/out.npy"
-    for (place, flags), (name, content) in itertools.product(places.items(), bad.items()):
+    for (place, flags), content in itertools.product(places.items(), bad.values()):
         (tmp_path / place).write_bytes(content)
         out = tmp_path / ("run" if flags.startswith(("--resume", "--eval_only")) else "new")
         code, text = stopped(script, out, flags, tiny=False)
         assert code == 1 and text.startswith(f"error: {tmp_path / place}:") and "\n" not in text
         assert not mark.exists() and (tmp_path / place).read_bytes() == content
-        if (place, name) == ("run/ckpt.pt", "other.pt"):
-            assert f"expected a checkpoint of this version of {script}.py" in text
     pickle.loads(bad["pickle"])
     assert mark.exists()  # it would have
-    run(script, tmp_path / "run", "--eval_only", tiny=False)  # best.pt
+    run(script, tmp_path / "run", "--eval_only")  # best.pt
     (tmp_path / "run" / "ckpt.pt").write_bytes(good)
-    assert run(script, tmp_path / "run", "--resume --max_train_steps 8", tiny=False)[-1]["step"] == 8
+    assert run(script, tmp_path / "run", "--resume --max_train_steps 8")[-1]["step"] == 8
 
 
 def fail_at(step, rank):
@@ -3162,12 +3024,12 @@ def test_exit_codes_and_streams_of_the_real_command(tmp_path):
     assert re.search(r"^Step 6/6, Train Loss: \d\.\d{4} \| Steps: \['\d\.\d{4}', '\d\.\d{4}'\]$", done.stdout, re.M)
     assert run("trm_deep", tmp_path / "here", flags, tiny=False) == lines_of(out)
     for more, env in {
-        f"--data_folder {tmp_path / 'none'}": {},
+        f"--data_folder {tmp_path}/none": {},
         "--seed 1": {"WORLD_SIZE": "2"},
         "--seed 2": {"SLURM_STEP_NUM_TASKS": "2"},
         "--compile on": {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
     }.items():
-        done = shell(f"python trm_deep.py {more} --out_dir {tmp_path / 'new'}", **env)
+        done = shell(f"python trm_deep.py {more} --out_dir {tmp_path}/new", **env)
         assert done.returncode == 1 and "error: " in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -3273,17 +3135,12 @@ class Update:
 
 
 def seconds(run_once, cuda):
-    """What one call takes, by the device's own clock."""
-    if not cuda:
-        start = time.perf_counter()
-        run_once()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run_once()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    """What one call takes."""
+    wait = torch.cuda.synchronize if cuda else list
+    wait()
+    start = time.perf_counter()
+    run_once(), wait()
+    return time.perf_counter() - start
 
 
 def write_random_chats(path):
@@ -3302,7 +3159,8 @@ def benchmark(flags):
     args = parsed("nepa_deep", flags)
     cuda = args.device.type == "cuda"
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name() if cuda else machine
+    if cuda:
+        machine = torch.cuda.get_device_name()
     print(f"{machine}, torch {torch.__version__}, {args.dtype}, compile {args.compile}, {datetime.date.today()}")
     title = f"{'variant / base: predicted, measured':56}{'time (lowest-highest)':>28}{'peak memory':>16}"
     if cuda:
@@ -3319,16 +3177,13 @@ def benchmark(flags):
         """
         torch._dynamo.reset()
         variant(), base()
-        took = {variant: [], base: []}
-        for i in range(rounds):
-            for run_once in (variant, base) if i % 2 else (base, variant):
-                took[run_once].append(seconds(run_once, cuda))
-        ratios = np.divide(took[variant], took[base])
+        took = np.array([[seconds(run_once, cuda) for run_once in (variant, base)] for _ in range(rounds)])
+        ratios = took[:, 0] / took[:, 1]
         line = f"{title:56}{predicted:9.2f}{np.median(ratios):7.3f} ({min(ratios):.2f}-{max(ratios):.2f})"
         if memory:
             line = f"{line:84}{memory:9.2f}{peak_bytes(variant, cuda) / peak_bytes(base, cuda):7.3f}"
         if cuda and isinstance(variant, Update):
-            each = np.median(took[variant])
+            each = np.median(took[:, 0])
             line = f"{line:100}{variant.args.batch_size / each:11.0f}{variant.flops() / each / rate:6.0%}"
         print(line, flush=True)
 
