@@ -1030,7 +1030,7 @@ def flag_group(parser, title):
             more = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         elif kind in (int, float):
             more = {"type": number, "metavar": "X"}
-        if default is not None:
+        if default is not None and default is not False:
             help += " (default: %(default)s)"
         group.add_argument(*names.split(), default=default, help=help, **more)
 
