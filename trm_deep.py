@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
-    from data import Concat, DataError, Subset, expecting, fingerprint, fixed_batches, pick, size_of, training_batches
+    from data import Concat, DataError, expecting, fingerprint, fixed_batches, pick, size_of, subset, training_batches
 except ImportError as error:
     sys.exit(f"error: {error}; expected data.py beside this script and no other `data` before it on the path")
 
@@ -84,7 +84,7 @@ class Config:
         """
         size = names.get("vocab_size", cls.input_size)
         names = {"input_size": size, "output_size": size} | names
-        return cls(**{name: value for name, value in names.items() if name in cls.__dataclass_fields__})
+        return cls(**{name: names[name] for name in cls.__dataclass_fields__ if name in names})
 
 
 def rms_norm(x):
@@ -96,7 +96,7 @@ def rotary(positions, d):
     """RoPE angles (theta 10000) of positions [T] as cos, signed sin [T, 1, 1, d], float32."""
     frequencies = 10000 ** (-torch.arange(0, d, 2, device=positions.device) / d)
     angles = positions[:, None, None, None] * frequencies
-    return torch.cat([angles, angles], dim=-1).cos(), torch.cat([-angles, angles], dim=-1).sin()
+    return torch.cat([angles, angles], -1).cos(), torch.cat([-angles, angles], -1).sin()
 
 
 def rotate(x, cos, sin):
@@ -113,8 +113,7 @@ class Block(nn.Module):
         D = config.hidden_size
         # SwiGLU has three matrices; 2/3 keeps the parameter count.
         inner = math.ceil(round(config.expansion * D * 2 / 3) / 256) * 256
-        self.num_heads = config.num_heads
-        self.causal = config.causal
+        self.config = config
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.o = nn.Linear(D, D, bias=False)
         self.gate_up = nn.Linear(D, 2 * inner, bias=False)
@@ -123,10 +122,10 @@ class Block(nn.Module):
     def forward(self, h, rotation):
         B, T, D = h.shape
         qk, v = self.qkv(h).split([2 * D, D], dim=-1)
-        qk = rotate(qk.view(B, T, 2, self.num_heads, -1), *rotation)
+        qk = rotate(qk.view(B, T, 2, self.config.num_heads, -1), *rotation)
         q, k = qk.transpose(1, 3).unbind(2)  # each [B, heads, T, d]
-        v = v.view(B, T, self.num_heads, -1).transpose(1, 2)  # [B, heads, T, d]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, T, d]
+        v = v.view(B, T, self.config.num_heads, -1).transpose(1, 2)  # [B, heads, T, d]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)  # [B, heads, T, d]
         h = rms_norm(h + self.o(attended.transpose(1, 2).reshape(B, T, D)))
         gate, up = self.gate_up(h).chunk(2, dim=-1)  # each [B, T, inner]
         return rms_norm(h + self.down(F.silu(gate) * up))
@@ -237,15 +236,17 @@ class Model(nn.Module):
             latent.append([read_out(z) for z in latents if latent_logits])
 
         # The halting head reads the first position, as in the paper, or the last one, which alone has seen all.
-        z = z_H[:, -1 if c.causal else 0]
         # In float32 always. The state is detached: a cross-entropy of .3 beside an MSE of .03 would dominate z_H's
         # gradient (synthetic dataset, 2,500 updates at lr 2e-3, seeds 0 and 1: .998 exact detached, .934 not).
-        q = (z.detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
-        sure = (q > 0) & (steps >= data.get("min_steps", 1)) & self.training
-        stop = sure | (steps >= c.halt_max_steps)
-        state = {"z_H": z_H.detach().float(), "z_L": z_L.detach().float(), "steps": steps, "halted": stop}
-        logits = {"logits": intermediate[-1], "intermediate_logits": intermediate, "latent_logits": latent}
-        return data | state, logits | {"q_halt_logits": q}
+        q = (z_H[:, -1 if c.causal else 0].detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
+        halted = (q > 0) & (steps >= data.get("min_steps", 1)) & self.training | (steps >= c.halt_max_steps)
+        state = {"z_H": z_H.detach().float(), "z_L": z_L.detach().float(), "steps": steps, "halted": halted}
+        return data | state, {
+            "logits": intermediate[-1],
+            "intermediate_logits": intermediate,
+            "latent_logits": latent,
+            "q_halt_logits": q,
+        }
 
 
 RecursiveLLM = Model  # the name in the published training scripts
@@ -299,7 +300,7 @@ def supervision_weights(num_steps, schedule, base_weight):
     }
     if str(schedule) in formulas:
         return [*formulas[schedule], 1.0]
-    weights = [float(weight) for weight in (schedule.split(",") if isinstance(schedule, str) else schedule)]
+    weights = [*map(float, schedule.split(",") if isinstance(schedule, str) else schedule)]
     if len(weights) != num_steps:
         raise ValueError(f"{len(weights)} weights for {num_steps} steps")
     return weights
@@ -404,10 +405,10 @@ def open_folder(folder):
     text stay on one side). A dataset without any file is {}. Raises DataError for a file that is unreadable or of
     another shape than the first.
     """
-    datasets = {"train": {}, "val": {}}
+    datasets = []
     first = {}  # the shapes in the first file
     unread = {*Path(folder).iterdir()}
-    for split, dataset in datasets.items():
+    for split in ("train", "val"):
         name = rf"{split}_embeddings_chunk_(\d+)\.(?:pt|npy)"
         numbered = {int(match[1]): path for path in sorted(unread) if (match := re.fullmatch(name, path.name))}
         chunks = {path: open_chunk(path) for _, path in sorted(numbered.items())}
@@ -416,17 +417,20 @@ def open_folder(folder):
             shapes = {name: list(x.shape[1:]) for name, x in chunk.items()}
             if shapes != (first := first or shapes):
                 raise DataError(f"{path}: samples of shape {shapes}, expected {first} as in the first file")
-        for name in first if chunks else ():
-            # Zeros at either end would count as sentences; only a puzzle's inputs may have them.
-            tensors = [chunk[name] for chunk in chunks.values()]
-            dataset[name] = Concat(tensors, [*chunks], name == "input_embeddings")
+        # Zeros at either end would count as sentences; only a puzzle's inputs may have them.
+        datasets.append(
+            {
+                name: Concat([chunk[name] for chunk in chunks.values()], [*chunks], name == "input_embeddings")
+                for name in first
+                if chunks
+            }
+        )
     if others := sorted(path.name for path in unread if "embeddings" in path.name):
         say(f"{folder}: not read: {', '.join(others)}")
-    train, val = datasets.values()
+    train, val = datasets
     if train and not val:
         size = size_of(train)
-        parts = np.split(np.arange(size), [size - max(1, size // 10)])
-        train, val = ({name: Subset(array, part) for name, array in train.items()} for part in parts)
+        train, val = (subset(train, part) for part in np.split(np.arange(size), [-(size // 10 or 1)]))
     return train, val
 
 
@@ -438,14 +442,12 @@ def make_data(args, given):
 
     given: what a checkpoint says of Config, a dict. The weights fit any number of cycles: the flags say it.
     """
-    if given:
-        given = given | {name: getattr(args, name) for name in CYCLES} | {"learn_init": args.enable_deep_supervision}
+    flags = {name: getattr(args, name) for name in CYCLES} | {"learn_init": args.enable_deep_supervision}
     EXAMPLE.clear()  # of an earlier run in this process
     if args.predict:
-        return {"config": Config(**given), "predict": functools.partial(predict, args=args)}
+        return {"config": Config(**given | flags), "predict": functools.partial(predict, args=args)}
     train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
-    needed = val if args.eval_only else train
-    if not needed or not size_of(needed):
+    if not size_of(val if args.eval_only else train):
         raise DataError(f"{args.data_folder}: too few training sequences, expected 2 in train_embeddings_chunk_0.pt")
     example = pick(val, np.arange(1)).values()  # a sequence, or its inputs and labels
     widths = [x.shape[2] for x in example]
@@ -455,20 +457,19 @@ def make_data(args, given):
         size = size_of(train)
         sample = pick(train, np.arange(0, size, 1 + size * sum(x.numel() for x in example) // 2**24))
     sizes = {"input_size": widths[0], "output_size": widths[-1], "separate_labels": separate}
-    chosen = {"causal": not args.bidirectional, "learn_init": args.enable_deep_supervision}
     if not given:
         if separate and not args.bidirectional:
             say("attention is causal; --bidirectional for labels that are not later inputs")
-        chosen["hidden_size"] = args.hidden_size or widths[0]
-        if args.data_folder and args.normalize:
+        given = {"causal": not args.bidirectional, "hidden_size": args.hidden_size or widths[0]}
+        if sample and args.normalize:
             moments = []  # of the sequences, or of inputs and labels
             for x in sample.values():
                 variance, mean = torch.var_mean(x.double(), (0, 1), correction=0)
                 if not variance.any():
                     raise DataError(f"{args.data_folder}: constant embeddings, expected ones that differ")
                 moments.append((mean.tolist(), variance.mean().sqrt().item()))
-            chosen["normalization"] = moments[0], moments[-1]
-    config = Config.from_dict(vars(args) | sizes | chosen | given)
+            given["normalization"] = moments[0], moments[-1]
+    config = Config.from_dict(vars(args) | sizes | given | flags)
     if args.bidirectional and config.causal:
         raise DataError(f"{args.init_from}: attention is causal, expected no --bidirectional")
     if not config.causal and not separate:
@@ -480,22 +481,28 @@ def make_data(args, given):
     def collate(picked, rng=None, rows=None):
         if "sequence" in picked:  # T + 1 sentences: all but the last are read, all but the first predicted
             picked = {"input_embeddings": picked["sequence"][:, :-1], "labels": picked["sequence"][:, 1:]}
-        batch = {}
-        for (name, x), (mean, scale) in zip(picked.items(), config.normalization):
-            batch[name] = (x - torch.tensor(mean)) / scale
+        batch = {
+            name: (x - torch.tensor(mean)) / scale
+            for (name, x), (mean, scale) in zip(picked.items(), config.normalization)
+        }
         if rng:  # a longer draw begins with the shorter one: rows have theirs, however the update is split
             explore, uniform = rng.random((rows[-1] + 1, 2))[rows].T
-            steps = np.where(explore < args.halt_exploration_prob, 2 + uniform * (args.halt_max_steps - 1), 1)
-            batch["min_steps"] = steps.astype(np.int32)
+            longer = 2 + uniform * (args.halt_max_steps - 1)
+            batch["min_steps"] = np.int32(np.where(explore < args.halt_exploration_prob, longer, 1))
         return batch
 
-    ridge = fit_ridge(**collate(sample)) if sample else None
-    return {"train": train, "val": val, "collate": collate, "config": config, "ridge": ridge}
+    return {
+        "train": train,
+        "val": val,
+        "collate": collate,
+        "config": config,
+        "ridge": fit_ridge(**collate(sample)) if sample else None,
+    }
 
 
 def linear_features(x):
     """What the linear baseline reads at each position of x [B, T, D]: the embedding and the mean of all up to it."""
-    return torch.cat([x, x.cumsum(1) / torch.ones_like(x).cumsum(1)], dim=-1)
+    return torch.cat([x, x.cumsum(1) / torch.ones_like(x).cumsum(1)], -1)
 
 
 def fit_ridge(input_embeddings, labels):
@@ -571,9 +578,10 @@ def compute_loss(model, batch, carry, args):
     end = args.curriculum_end_step
     if batch["step"] < end:
         cycles = 1 + batch["step"] * (cycles - 1) // end
-    deep = args.enable_deep_supervision
     latent = args.L_cycle_supervision / args.L_cycles
-    carry, outputs = model(carry, batch, deep, latent_logits=latent > 0, cycles=cycles, detach=args.detach_cycles)
+    carry, outputs = model(
+        carry, batch, args.enable_deep_supervision, latent_logits=latent > 0, cycles=cycles, detach=args.detach_cycles
+    )
     labels = carry["labels"]
     supervision = labels, args.deep_supervision_schedule, args.deep_supervision_weight
     loss, losses = compute_deep_supervision_loss(outputs["intermediate_logits"], *supervision)
@@ -582,24 +590,23 @@ def compute_loss(model, batch, carry, args):
     right = is_right(outputs["logits"], labels, args)[1]  # bool [B]
     halt_loss = F.binary_cross_entropy_with_logits(outputs["q_halt_logits"], right.float())
 
-    steps = {f"step_{h}_loss": value for h, value in enumerate(losses, start=cycles - len(losses))}
+    steps = {f"step_{h}_loss": value for h, value in enumerate(losses, cycles - len(losses))}
     steps |= {"loss": loss.detach(), "q_halt_loss": halt_loss.detach(), "cycles": cycles}
     metrics = to_sums(steps, len(labels))
     metrics["mean_steps"] = (carry["steps"] * carry["halted"]).sum(), carry["halted"].sum()
     return batch["share"] * (loss + 0.5 * halt_loss), metrics, carry
 
 
-def answer(model, batch, diagnose=False):
-    """Outputs after all halt_max_steps supervision steps; diagnose: with the logits of every cycle of the last one.
+def answer(model, batch):
+    """Outputs after all halt_max_steps supervision steps, with the logits of every cycle of the last one.
 
     Also halted_logits [B, T, D_out] and halted_steps int [B]: those of each row's first step with q > 0.
     """
     carry = model.initial_carry(batch)
     running = torch.ones_like(carry["halted"])
-    halted_logits = 0.0
-    halted_steps = 0
+    halted_logits = halted_steps = 0
     for _ in range(model.config.halt_max_steps):
-        carry, outputs = model(carry, batch, enable_deep_supervision=diagnose)
+        carry, outputs = model(carry, batch, True)
         # A row that has halted keeps its answer; the batch continues as a whole.
         halted_logits = torch.where(running[:, None, None], outputs["logits"], halted_logits)
         halted_steps += running
@@ -613,7 +620,7 @@ def evaluate(model, data, args):
     sums = {}
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
         with autocast(args):
-            outputs = answer(model, batch, diagnose=True)
+            outputs = answer(model, batch)
         inputs = batch["input_embeddings"]
         labels = batch["labels"]
         answers = outputs["intermediate_logits"]
@@ -630,8 +637,8 @@ def evaluate(model, data, args):
             metrics["halt_mean_steps"] = outputs["halted_steps"].float().mean()
         for prefix, guess in guesses.items():
             exact, solved = (right.float().mean() for right in is_right(guess, labels, args))
-            loss = F.mse_loss(guess, labels)
-            metrics |= {prefix + "loss": loss, prefix + "exact_acc": exact, prefix + "solved_acc": solved}
+            metrics[prefix + "loss"] = F.mse_loss(guess, labels)
+            metrics |= {prefix + "exact_acc": exact, prefix + "solved_acc": solved}
         add_sums(sums, to_sums(metrics, len(labels)))
     return means(sums)
 
@@ -650,19 +657,18 @@ def predict(model, args):
         raise DataError(f"{source}: embeddings of size {x.shape[2]}, expected {c.input_size}")
     x = Concat([x], [source], c.separate_labels)[np.arange(len(x))]
     (mean, scale), (label_mean, label_scale) = c.normalization
-    rollout = 1 if c.separate_labels else args.rollout
-    if rollout < args.rollout:
-        say("--rollout has no effect: the run's labels are not the next inputs")
+    if c.separate_labels and args.rollout > 1:
+        raise DataError("--rollout: the run's labels are no next inputs, expected a run on sequences")
     found = []
     with open(target, "xb") as file:  # first: what is no new file in a folder that exists is said before computing
         for part in ((x - torch.tensor(mean)) / scale).split(args.batch_size):
             sequence = part.to(args.device)
-            for _ in range(rollout):
+            for _ in range(args.rollout):
                 with autocast(args):
                     outputs = answer(model, {"input_embeddings": sequence})
                 new = outputs["halted_logits" if args.eval_halt else "logits"]
                 if not c.separate_labels:
-                    sequence = torch.cat([sequence, new[:, -1:]], dim=1)
+                    sequence = torch.cat([sequence, new[:, -1:]], 1)
                     new = sequence[:, x.shape[1] :]
             found.append(new.cpu())
         predicted = torch.cat(found) * label_scale + torch.tensor(label_mean)  # in the data's units again
@@ -675,10 +681,23 @@ def predict(model, args):
 
 DATA_FLAGS = ("data_folder",)
 EVAL_FLAGS = ("predict", "rollout", "halt_cosine", "eval_halt", *CYCLES)
-DEMO = {"hidden_size": 128, "num_heads": 4, "L_layers": 1, "L_cycles": 2, "halt_max_steps": 1, "bidirectional": True}
-DEMO |= {"batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.5, "ema_decay": 0.98}
 FINE_TUNING = {}
-DEMO |= {"max_train_steps": 1000, "curriculum_end_step": 600, "eval_interval": 200}
+DEMO = {
+    "hidden_size": 128,
+    "num_heads": 4,
+    "L_layers": 1,
+    "L_cycles": 2,
+    "halt_max_steps": 1,
+    "bidirectional": True,
+    "batch_size": 32,
+    "lr": 2e-3,
+    "warmup_steps": 50,
+    "weight_decay": 0.5,
+    "ema_decay": 0.98,
+    "max_train_steps": 1000,
+    "curriculum_end_step": 600,
+    "eval_interval": 200,
+}
 
 
 def add_method_args(parser):
@@ -702,8 +721,11 @@ def add_method_args(parser):
     flag = flag_group(parser, "deep supervision")
     flag("--enable_deep_supervision", False, "loss and gradient at every H cycle, not only at the last")
     flag("--deep_supervision_weight", 0.5, "base weight of the losses before the last")
-    schedules = "constant, linear_decay, exponential_decay, u_shaped, dynamic (by each cycle's loss), or as 0.3,0.4,1.0"
-    flag("--deep_supervision_schedule", "constant", schedules)
+    flag(
+        "--deep_supervision_schedule",
+        "constant",
+        "constant, linear_decay, exponential_decay, u_shaped, dynamic (by each cycle's loss), or as 0.3,0.4,1.0",
+    )
     flag("--detach_cycles", False, "the loss of every cycle, but no gradient from one cycle to the one before")
     flag("--curriculum_end_step", 0, "train one H cycle at first, one more at even intervals, all from this update on")
     flag("--L_cycle_supervision", 0.0, "weight of a loss after every L cycle as well")
@@ -882,7 +904,7 @@ def flag_group(parser, title):
             more = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         elif kind in (int, float):
             more = {"type": number, "metavar": "X"}
-        if default is not None:
+        if default is not None and default is not False:
             help += " (default: %(default)s)"
         group.add_argument(*names.split(), default=default, help=help, **more)
 
