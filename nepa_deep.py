@@ -76,8 +76,9 @@ class Config:
     def __post_init__(self):
         self.mlp_hidden = self.mlp_hidden or 4 * self.hidden_size
         if self.hidden_size % (4 * self.num_heads):  # RoPE rotates pairs, half of them by the row, half by the column
-            expected = f"a multiple of 4 * num_heads = {4 * self.num_heads}"
-            raise DataError(f"hidden_size {self.hidden_size}, expected {expected}")
+            raise DataError(
+                f"hidden_size {self.hidden_size}, expected a multiple of 4 * num_heads = {4 * self.num_heads}"
+            )
         with expecting("a side, or height and width", f"image_size {self.image_size}"):
             self.image_size = tuple(np.broadcast_to(self.image_size, 2).tolist())
         if any(side < 1 or side % self.patch_size for side in self.image_size):
@@ -108,8 +109,8 @@ def rotary(rows, columns, d, theta, scale, device):
 
 def rotate(x, cos, sin):
     """Half-split rotation of x [B, T, heads, d], computed in and returned as float32."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    x1, x2 = x.float().chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
 
 class Block(nn.Module):
@@ -117,12 +118,14 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        D, d = c.hidden_size, c.hidden_size // c.num_heads
-        head_norm = functools.partial(nn.LayerNorm, d, c.norm_eps, c.qk_norm_affine) if c.qk_norm else nn.Identity
-        self.num_heads, self.gated = c.num_heads, c.gated_mlp
+        D = c.hidden_size
+        self.config = c
         self.norm1, self.norm2 = nn.LayerNorm(D, c.norm_eps), nn.LayerNorm(D, c.norm_eps)
         self.qkv = nn.Linear(D, 3 * D)
-        self.q_norm, self.k_norm = head_norm(), head_norm()
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(D // c.num_heads, c.norm_eps, c.qk_norm_affine) if c.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.o = nn.Linear(D, D)
         self.up = nn.Linear(D, c.mlp_hidden * (2 if c.gated_mlp else 1))  # gate and up in one
         self.down = nn.Linear(c.mlp_hidden, D)
@@ -130,14 +133,14 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin):
         B, T, D = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.num_heads, -1).unbind(2)  # [B, T, heads, d] each
+        q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.config.num_heads, -1).unbind(2)  # [B, T, heads, d] each
         q, k = rotate(self.q_norm(q), cos, sin).to(v), rotate(self.k_norm(k), cos, sin).to(v)  # in the dtype of v
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # [B, heads, T, d]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self.scale1 * self.o(attended.transpose(1, 2).reshape(B, T, D))
         up = self.up(self.norm2(h))  # [B, T, mlp_hidden], twice as wide when gated
-        if self.gated:
-            gate, up = up.chunk(2, dim=-1)
+        if self.config.gated_mlp:
+            gate, up = up.chunk(2, -1)
             up = F.silu(gate) * up
         else:
             up = F.gelu(up)
@@ -168,7 +171,7 @@ class Model(nn.Module):
         # zero has slope eps^-1/2 = 1e6, and gradients reach 4e7. So below an rms of 1e-3, mix in the CLS token.
         blank = 1 - patches.detach().float().square().mean(-1, keepdim=True).sqrt() / 1e-3
         patches = patches + blank.clamp(min=0) * self.cls_token
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
 
     def forward(self, images, rope_scale=1.0):
         """images: [B, C, H, W] float, H and W multiples of patch_size. rope_scale: factor of the coordinates, a float
@@ -225,7 +228,7 @@ def to_our_names(weights, model=None):
         for pattern, replacement in PUBLISHED.items():
             ours = re.sub(pattern, replacement, ours)
         found.setdefault(ours, []).append(torch.as_tensor(weights[name]))
-    return {name: torch.stack(parts).flatten(0, 1) if len(parts) > 1 else parts[0] for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def read_folder(folder):
@@ -238,8 +241,8 @@ def read_config(config):
 
     Settings of the training that have no counterpart here (dropout, drop path, position jitter) are ignored.
     """
-    gated = config.get("use_gated_mlp", False)
-    for name, expected in {"is_causal": True, "qkv_bias": True, "hidden_act": "silu" if gated else "gelu"}.items():
+    activation = "silu" if config.get("use_gated_mlp") else "gelu"
+    for name, expected in {"is_causal": True, "qkv_bias": True, "hidden_act": activation}.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"{name} {config[name]!r}, expected {expected!r}")
     ours = {
@@ -252,7 +255,7 @@ def read_config(config):
     }
     config = {ours.get(name, name): value for name, value in config.items()}
     config["rope_rescale"] = config.get("rope_rescale") or 1.0  # off by default, unlike ours
-    return {name: config[name] for name in config.keys() & Config.__dataclass_fields__}
+    return {name: config[name] for name in Config.__dataclass_fields__ if name in config}
 
 
 def from_official(config, weights):
@@ -381,13 +384,15 @@ def open_arrays(folder, prefix):
     def fits(x):  # not [N, C, H, W]
         return x.dtype == np.uint8 and x.size and (x.ndim == 3 or x.ndim == 4 and x.shape[1] >= min(x.shape[2:]))
 
-    expected = "uint8 [N, H, W, C], the channels last, or [N, H, W], and no empty dimension"
-    images = open_array(Path(folder, f"{prefix}images.npy"), fits, expected)
+    images = open_array(
+        Path(folder, f"{prefix}images.npy"),
+        fits,
+        "uint8 [N, H, W, C], the channels last, or [N, H, W], and no empty dimension",
+    )
     n = len(images)
     labels = np.full(n, -1)
     if (path := Path(folder, f"{prefix}labels.npy")).exists():
-        expected = f"integers [{n}], one per image"
-        labels = open_array(path, lambda x: x.shape == (n,) and x.dtype.kind in "iu", expected)
+        labels = open_array(path, lambda x: x.shape == (n,) and x.dtype.kind in "iu", f"integers [{n}], one per image")
     return {"images": images if images.ndim == 4 else images[..., None], "labels": labels.astype(np.int64)}
 
 
@@ -449,7 +454,7 @@ def make_data(args, given):
     given: what a checkpoint says of Config, a dict. Raises DataError for unfit images.
     """
     datasets = open_images(args.data_dir) if args.data_dir else synthetic_dataset(args.seed)
-    flags = {field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(Config)}
+    flags = {name: getattr(args, name) for name in Config.__dataclass_fields__ if name in args}
     for *shape, channels in dict.fromkeys(dataset["images"].shape[1:] for dataset in datasets):
         size = args.image_size or [side - side % args.patch_size for side in shape]
         given = {"image_size": size, "num_channels": channels} | given  # validation as training
@@ -462,8 +467,10 @@ def make_data(args, given):
     def collate(picked, rng=None, rows=None):
         n, *shape, _ = picked["images"].shape
         if rng:
-            scale = np.float32(config.rope_rescale ** rng.uniform(-1, 1))  # shared by the update, so it is drawn first
-            return picked | {"rope_scale": scale, "boxes": crop_boxes(rng, rows, *shape, args, aspect)}
+            return picked | {
+                "rope_scale": np.float32(config.rope_rescale ** rng.uniform(-1, 1)),  # of the whole update, drawn first
+                "boxes": crop_boxes(rng, rows, *shape, args, aspect),
+            }
         return picked | {"boxes": np.full((n, 5), middle(*shape, aspect), np.float32)}
 
     if args.features:
@@ -472,13 +479,17 @@ def make_data(args, given):
         order = np.random.default_rng(0).permutation(size_of(*datasets))
         if len(order) < 2:
             raise DataError(f"{args.data_dir}: one image, expected two, or val_images.npy")
-        parts = np.split(order, [len(order) // 10 or 1])
-        datasets = [subset(*datasets, np.sort(part)) for part in parts[::-1]]
+        datasets = [subset(*datasets, np.sort(part)) for part in np.split(order, [len(order) // 10 or 1])[::-1]]
     train, val = datasets
     # The same in every run, and in file order: a memory map is read from beginning to end.
-    labelled = np.flatnonzero(train["labels"][:] >= 0)
-    chosen = np.sort(np.random.default_rng(0).permutation(labelled)[: args.probe_samples])
-    return {"train": train, "val": val, "known": subset(train, chosen), "collate": collate, "config": config}
+    labelled = np.random.default_rng(0).permutation(np.flatnonzero(train["labels"][:] >= 0))
+    return {
+        "train": train,
+        "val": val,
+        "known": subset(train, np.sort(labelled[: args.probe_samples])),
+        "collate": collate,
+        "config": config,
+    }
 
 
 def describe(metrics):
@@ -560,15 +571,14 @@ def evaluate(model, data, args):
 @torch.no_grad()
 def write_features(datasets, collate, args, model):
     """--features OUT: float32 [N, D] of all images in file order, those of images.npy first. Returns this in words."""
-    with expecting("a new file in a folder that exists", args.features):
-        file = open(args.features, "xb")  # noqa: SIM115
     found = []
-    for dataset in datasets:
-        for batch in tqdm(fixed_batches(dataset, collate, args.device, args.batch_size), disable=None):
-            with autocast(args):
-                output = model(prepare(batch, model.config.image_size))
-            found.append(features(output, args).cpu())
-    with file:
+    # Opened first: what is no new file in a folder that exists is said before computing.
+    with open(args.features, "xb") as file:
+        for dataset in datasets:
+            for batch in tqdm(fixed_batches(dataset, collate, args.device, args.batch_size), disable=None):
+                with autocast(args):
+                    output = model(prepare(batch, model.config.image_size))
+                found.append(features(output, args).cpu())
         np.save(file, torch.cat(found).numpy())
     return f"{args.features}: features of {[*map(size_of, datasets)]} images, those of images.npy first"
 
@@ -582,7 +592,7 @@ def collapse(embedding):
     """
     patches = embedding[:, 1:].flatten(0, 1)
     patches = patches.cpu() if patches.device.type == "mps" else patches  # MPS has no float64
-    units = F.normalize(patches.double(), dim=1)  # in float32, rounding would count as further directions
+    units = F.normalize(patches.double())  # in float32, rounding would count as further directions
     n, length = len(units), units.sum(0).norm()
     singular = torch.linalg.eigvalsh((units.T @ units).nan_to_num()).clamp(min=0).sqrt()
     rank = torch.special.entr(F.normalize(singular, p=1, dim=0)).sum().exp()
@@ -610,7 +620,7 @@ def probe(x, y, test_x, test_y):
     relative, axes = relative[kept], axes[:, kept] / variance[kept].sqrt()
     x, test_x = x @ axes, test_x @ axes  # now x.T @ x = len(x) * identity
 
-    near = F.normalize(x[:, -64:], dim=1)
+    near = F.normalize(x[:, -64:])
     parts = test_x[:, -64:].split(1000)  # bounds the memory
     nearest = torch.cat([(part @ near.T).topk(min(20, len(x))).indices for part in parts])
 
@@ -834,7 +844,7 @@ def flag_group(parser, title):
             more = {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         elif kind in (int, float):
             more = {"type": number, "metavar": "X"}
-        if default is not None:
+        if default is not None and default is not False:
             help += " (default: %(default)s)"
         group.add_argument(*names.split(), default=default, help=help, **more)
 
