@@ -74,7 +74,7 @@ class Concat:
         self.starts = np.cumsum([0, *map(len, tensors)])
 
     def __len__(self):
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def __getitem__(self, index):
         which = np.searchsorted(self.starts, index, side="right") - 1
@@ -91,8 +91,8 @@ class Concat:
 
 
 def size_of(dataset):
-    """Number of samples."""
-    return len(dataset if isinstance(dataset, list) else next(iter(dataset.values())))
+    """Number of samples; {} has none."""
+    return len(dataset if isinstance(dataset, list) else next(iter(dataset.values()), ()))
 
 
 def pick(dataset, index):

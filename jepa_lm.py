@@ -988,7 +988,7 @@ def catch_signals():
 
 def received_signals():
     """How many signals the processes have received; the same on all of them."""
-    return int(all_reduce(torch.tensor(len(RECEIVED))))
+    return all_reduce(torch.tensor(len(RECEIVED)))
 
 
 def eval_batches(dataset, args, collate, limit=0):
@@ -1084,7 +1084,7 @@ def parse_args(argv):
     add_method_args(parser)
     parser.epilog = f"Without --{DATA_FLAGS[0]} the demonstration has defaults of its own:\n{DEMO}"
 
-    args, start, stored = parser.parse_args(argv), {"config": {}}, {}
+    args, start = parser.parse_args(argv), {"config": {}}
     origin = args.init_from
     if not args.out_dir and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
@@ -1092,8 +1092,10 @@ def parse_args(argv):
     folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}").expanduser()
     path = folder / ("best.pt" if args.eval_only else "ckpt.pt")
     if args.eval_only or args.resume and path.exists():
-        start, origin = load_checkpoint(path), folder
-        stored = start["args"]
+        with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
+            start = torch.load(path, map_location="cpu", weights_only=True)
+            Config(**start["config"])
+        origin = folder
     else:
         if not args.resume and (folder / "metrics.jsonl").exists():
             parser.error(f"--out_dir {folder} holds a run: --resume continues it, --eval_only uses it")
@@ -1101,12 +1103,14 @@ def parse_args(argv):
             parser.set_defaults(**DEMO)
         if origin:
             start = load_weights(origin)
-            parser.set_defaults(**(FINE_TUNING if Path(origin).is_dir() else {}))
-            stored = {name: value for name, value in start["config"].items() if name in vars(args)}
+            if Path(origin).is_dir():
+                parser.set_defaults(**FINE_TUNING)
+    stored = {name: value for name, value in start.get("args", start["config"]).items() if name in vars(args)}
     parser.set_defaults(**stored)
     given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
-    evaluates = args.eval_only or not args.resume
-    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if evaluates else ())}
+    free = {*MAY_CHANGE.split(), *DATA_FLAGS}
+    if args.eval_only or not args.resume:
+        free |= {"eval_samples", "dtype", *EVAL_FLAGS}
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
@@ -1129,14 +1133,6 @@ def parse_args(argv):
 # ---- files ----
 
 
-def load_checkpoint(path):
-    """The checkpoint at path (see Run.save). Raises DataError if it is not this script's."""
-    with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**checkpoint["config"])
-        return checkpoint
-
-
 def load_weights(path):
     """For --init_from: {"weights": ..., "config": what comes with them, a dict}. Raises DataError.
 
@@ -1155,8 +1151,10 @@ def load_weights(path):
         config = read_folder(path) if path.is_dir() else found.get("config", {})
         for wrapper in ("ema", "model", "state_dict"):
             found = found.get(wrapper) or found
-        weights = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in found.items()}
-        return {"weights": weights, "config": config}
+        return {
+            "config": config,
+            "weights": {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): x for name, x in found.items()},
+        }
 
 
 # ---- optimizer ----
@@ -1164,18 +1162,22 @@ def load_weights(path):
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine from lr to lr * min_lr_ratio at the last update."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / (args.max_train_steps - args.warmup_steps)
+    warmup = args.warmup_steps
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / (args.max_train_steps - warmup)
     return args.lr * (args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused: one kernel for all parameters."""
-    groups = []
-    for matrices in (True, False):
-        parameters = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
-        groups.append({"params": parameters, "weight_decay": args.weight_decay * matrices})
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.ndim >= 2) == matrices],
+            "weight_decay": args.weight_decay * matrices,
+        }
+        for matrices in (True, False)
+    ]
     return torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
 
 
@@ -1189,7 +1191,7 @@ class Run:
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * WORLD  # samples of an update
         # The rows of an update that each micro-batch of this process takes: int64 [grad_accum, batch_size].
-        self.parts = np.arange(self.num_rows).reshape(WORLD, args.grad_accum, args.batch_size)[RANK]
+        self.parts = np.arange(self.num_rows).reshape(WORLD, args.grad_accum, -1)[RANK]
         self.must_match = {"--batch_size * --grad_accum * processes": self.num_rows} | fingerprint(data)
 
         torch.manual_seed(args.seed)
@@ -1212,14 +1214,14 @@ class Run:
                 if args.compile == "on":
                     raise
                 say(f"not compiled: {error}")
-        if WORLD > 1:
+        if WORLD > 1:  # waits for all: nobody writes before everybody has looked whether --out_dir is free
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
         self.step, self.sums, self.carries = 0, {}, [{}] * args.grad_accum  # a carry for each micro-batch
         # first, last, best: the metrics of validations
         self.state = {
             "first": {},
-            "last": {"step": -1},
+            "last": {},
             "best": {"loss": math.inf},
             "seconds": 0.0,
             "log_size": 0,
@@ -1242,26 +1244,30 @@ class Run:
             if part:
                 part.load_state_dict(checkpoint[name])
         self.step, self.state = checkpoint["step"], checkpoint["state"]
-        self.sums = checkpoint["sums"] if RANK == 0 else {}
+        if RANK == 0:
+            self.sums = checkpoint["sums"]
         carry = checkpoint["carry"].items()
         self.carries = [{name: x[rows].to(self.args.device) for name, x in carry} for rows in self.parts]
         torch.set_rng_state(checkpoint["rng"])
 
-    def require_finite(self, metrics):
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise DataError(f"step {self.step}: {name} is {value}, expected a finite number; the checkpoint stays")
+    def require_finite(self, name, value):
+        if not math.isfinite(value):
+            raise DataError(f"step {self.step}: {name} is {value}, expected a finite number; the checkpoint stays")
 
-    def save(self, name, contents):
+    def save(self, name, **contents):
         """Write contents, and what both checkpoints hold, to out_dir/name on the first process.
 
         Raises DataError, and keeps the old file, if a weight is not finite.
         """
-        self.require_finite({"norm of the weights": nn.utils.get_total_norm(self.model.parameters()).item()})
+        self.require_finite("norm of the weights", nn.utils.get_total_norm(self.model.parameters()))
         if RANK > 0:
             return
-        contents |= {"script": SCRIPT, "step": self.step, "args": self.args.flags}
-        contents["config"] = dataclasses.asdict(self.model.config)
+        contents |= {
+            "script": SCRIPT,
+            "step": self.step,
+            "args": self.args.flags,
+            "config": dataclasses.asdict(self.model.config),
+        }
         # Written beside it, then renamed: the file holds the old content or the new, never half.
         path, temporary = self.out_dir / name, self.out_dir / f"{name}.tmp"
         with expecting("a folder with room", path):
@@ -1277,15 +1283,16 @@ class Run:
     def save_latest(self):
         """ckpt.pt: everything that --resume needs."""
         carries = sum(gather([{name: x.cpu() for name, x in carry.items()} for carry in self.carries]), [])
-        contents = {name: part and part.state_dict() for name, part in self.saved.items()} | {
-            "must_match": self.must_match,
-            "state": self.state,
-            "sums": over_processes(self.sums),
+        self.save(
+            "ckpt.pt",
+            **{name: part and part.state_dict() for name, part in self.saved.items()},
+            must_match=self.must_match,
+            state=self.state,
+            sums=over_processes(self.sums),
             # All rows in order, so that another number of processes can take them over.
-            "carry": {name: torch.cat([carry[name] for carry in carries]) for name in carries[0]},
-            "rng": torch.get_rng_state(),  # nothing here draws on the GPU
-        }
-        self.save("ckpt.pt", contents)
+            carry={name: torch.cat([carry[name] for carry in carries]) for name in carries[0]},
+            rng=torch.get_rng_state(),  # nothing here draws on the GPU
+        )
 
     @torch.no_grad()
     def average(self):
@@ -1337,7 +1344,8 @@ class Run:
 
     def log(self, split, metrics):
         """One line: to the file, to wandb under the same names (val/ and final/ before theirs), and for people."""
-        self.require_finite({f"{split} {name}": value for name, value in metrics.items()})
+        for name, value in metrics.items():
+            self.require_finite(f"{split} {name}", value)
         if RANK > 0:
             return
         with expecting("room", self.log_path), open(self.log_path, "a") as file:
@@ -1350,19 +1358,18 @@ class Run:
             say(f"Step {self.step}/{self.args.max_train_steps}, {split.capitalize()} {describe(metrics)}")
 
     def validate(self):
-        """Evaluate, log and save. Returns whether a signal came meanwhile: then half an evaluation is discarded."""
+        """Evaluate, log and save, unless a signal cut the evaluation short."""
         model = self.ema or self.model
         metrics = evaluate(model.eval(), self.data, self.args) | {"step": self.step}
         self.model.train()
         if received_signals():
-            return True
+            return
         self.log("val", metrics)
         self.state |= {"last": metrics, "first": self.state["first"] or metrics}
         if metrics["loss"] < self.state["best"]["loss"]:
             self.state["best"] = metrics
-            self.save("best.pt", {"model": model.state_dict(), "metrics": metrics})
+            self.save("best.pt", model=model.state_dict(), metrics=metrics)
         self.save_latest()
-        return False
 
     def finish(self):
         """The closing line and table."""
@@ -1379,10 +1386,10 @@ def train(run):
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
     while True:
         # Evaluate, save, leave. A signal ends the run here, after a whole update.
-        done, stop = run.step >= args.max_train_steps, received_signals()
-        if not stop and run.state["last"]["step"] < run.step and (done or run.step % args.eval_interval == 0):
-            stop = run.validate()
-        if stop:
+        done = run.step >= args.max_train_steps
+        if run.state["last"].get("step") != run.step and (done or run.step % args.eval_interval == 0):
+            run.validate()
+        if received_signals():
             run.save_latest()
             say(f"stopped after step {run.step}; to continue: --resume --out_dir {args.out_dir!r}")
             return 128 + max(RECEIVED, default=15)  # 15: only others received one
@@ -1438,7 +1445,6 @@ def launch(argv):
     if WORLD > 1:
         with expecting("processes started by torchrun", f"{WORLD} processes"):
             dist.init_process_group(f"cpu:gloo{',cuda:nccl' * (args.device.type == 'cuda')}")
-        dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
     data = make_data(args, start["config"])
     if not args.eval_only:
         run = Run(args, data, start)
@@ -1478,12 +1484,12 @@ def main(argv=None):
             raise
         message = traceback.format_exc()
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(exit_code=int(bool(message)))
-    if message and WORLD > 1:
-        time.sleep(min(RANK, 1))  # torchrun ends the others when one has ended: mostly the first alone says it
-        message = print(f"[rank {RANK}] {message}", file=sys.stderr)
-    if dist.is_initialized():  # no cleaning up: freed in the wrong order, gloo and torch wait for each other's threads
-        os._exit(code)
+        sys.modules["wandb"].finish(exit_code=1 if message else 0)
+    if WORLD > 1:
+        if message:
+            time.sleep(min(RANK, 1))  # torchrun ends the others when one has ended: mostly the first alone says it
+            print(f"[rank {RANK}] {message}", file=sys.stderr)
+        os._exit(code)  # no cleaning up: freed in the wrong order, gloo and torch wait for each other's threads
     if code:
         sys.exit(message or code)
 

@@ -76,8 +76,9 @@ class Config:
     def __post_init__(self):
         self.mlp_hidden = self.mlp_hidden or 4 * self.hidden_size
         if self.hidden_size % (4 * self.num_heads):  # RoPE rotates pairs, half of them by the row, half by the column
-            expected = f"a multiple of 4 * num_heads = {4 * self.num_heads}"
-            raise DataError(f"hidden_size {self.hidden_size}, expected {expected}")
+            raise DataError(
+                f"hidden_size {self.hidden_size}, expected a multiple of 4 * num_heads = {4 * self.num_heads}"
+            )
         with expecting("a side, or height and width", f"image_size {self.image_size}"):
             self.image_size = tuple(np.broadcast_to(self.image_size, 2).tolist())
         if any(side < 1 or side % self.patch_size for side in self.image_size):
@@ -108,8 +109,8 @@ def rotary(rows, columns, d, theta, scale, device):
 
 def rotate(x, cos, sin):
     """Half-split rotation of x [B, T, heads, d], computed in and returned as float32."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    x1, x2 = x.float().chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
 
 class Block(nn.Module):
@@ -117,12 +118,14 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        D, d = c.hidden_size, c.hidden_size // c.num_heads
-        head_norm = functools.partial(nn.LayerNorm, d, c.norm_eps, c.qk_norm_affine) if c.qk_norm else nn.Identity
-        self.num_heads, self.gated = c.num_heads, c.gated_mlp
+        D = c.hidden_size
+        self.config = c
         self.norm1, self.norm2 = nn.LayerNorm(D, c.norm_eps), nn.LayerNorm(D, c.norm_eps)
         self.qkv = nn.Linear(D, 3 * D)
-        self.q_norm, self.k_norm = head_norm(), head_norm()
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(D // c.num_heads, c.norm_eps, c.qk_norm_affine) if c.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.o = nn.Linear(D, D)
         self.up = nn.Linear(D, c.mlp_hidden * (2 if c.gated_mlp else 1))  # gate and up in one
         self.down = nn.Linear(c.mlp_hidden, D)
@@ -130,14 +133,14 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin):
         B, T, D = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.num_heads, -1).unbind(2)  # [B, T, heads, d] each
+        q, k, v = self.qkv(self.norm1(h)).view(B, T, 3, self.config.num_heads, -1).unbind(2)  # [B, T, heads, d] each
         q, k = rotate(self.q_norm(q), cos, sin).to(v), rotate(self.k_norm(k), cos, sin).to(v)  # in the dtype of v
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # [B, heads, T, d]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self.scale1 * self.o(attended.transpose(1, 2).reshape(B, T, D))
         up = self.up(self.norm2(h))  # [B, T, mlp_hidden], twice as wide when gated
-        if self.gated:
-            gate, up = up.chunk(2, dim=-1)
+        if self.config.gated_mlp:
+            gate, up = up.chunk(2, -1)
             up = F.silu(gate) * up
         else:
             up = F.gelu(up)
@@ -168,7 +171,7 @@ class Model(nn.Module):
         # zero has slope eps^-1/2 = 1e6, and gradients reach 4e7. So below an rms of 1e-3, mix in the CLS token.
         blank = 1 - patches.detach().float().square().mean(-1, keepdim=True).sqrt() / 1e-3
         patches = patches + blank.clamp(min=0) * self.cls_token
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
 
     def forward(self, images, rope_scale=1.0):
         """images: [B, C, H, W] float, H and W multiples of patch_size. rope_scale: factor of the coordinates, a float
@@ -225,7 +228,7 @@ def to_our_names(weights, model=None):
         for pattern, replacement in PUBLISHED.items():
             ours = re.sub(pattern, replacement, ours)
         found.setdefault(ours, []).append(torch.as_tensor(weights[name]))
-    return {name: torch.stack(parts).flatten(0, 1) if len(parts) > 1 else parts[0] for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def read_folder(folder):
@@ -238,8 +241,8 @@ def read_config(config):
 
     Settings of the training that have no counterpart here (dropout, drop path, position jitter) are ignored.
     """
-    gated = config.get("use_gated_mlp", False)
-    for name, expected in {"is_causal": True, "qkv_bias": True, "hidden_act": "silu" if gated else "gelu"}.items():
+    activation = "silu" if config.get("use_gated_mlp") else "gelu"
+    for name, expected in {"is_causal": True, "qkv_bias": True, "hidden_act": activation}.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"{name} {config[name]!r}, expected {expected!r}")
     ours = {
@@ -252,7 +255,7 @@ def read_config(config):
     }
     config = {ours.get(name, name): value for name, value in config.items()}
     config["rope_rescale"] = config.get("rope_rescale") or 1.0  # off by default, unlike ours
-    return {name: config[name] for name in config.keys() & Config.__dataclass_fields__}
+    return {name: config[name] for name in Config.__dataclass_fields__ if name in config}
 
 
 def from_official(config, weights):
@@ -381,13 +384,15 @@ def open_arrays(folder, prefix):
     def fits(x):  # not [N, C, H, W]
         return x.dtype == np.uint8 and x.size and (x.ndim == 3 or x.ndim == 4 and x.shape[1] >= min(x.shape[2:]))
 
-    expected = "uint8 [N, H, W, C], the channels last, or [N, H, W], and no empty dimension"
-    images = open_array(Path(folder, f"{prefix}images.npy"), fits, expected)
+    images = open_array(
+        Path(folder, f"{prefix}images.npy"),
+        fits,
+        "uint8 [N, H, W, C], the channels last, or [N, H, W], and no empty dimension",
+    )
     n = len(images)
     labels = np.full(n, -1)
     if (path := Path(folder, f"{prefix}labels.npy")).exists():
-        expected = f"integers [{n}], one per image"
-        labels = open_array(path, lambda x: x.shape == (n,) and x.dtype.kind in "iu", expected)
+        labels = open_array(path, lambda x: x.shape == (n,) and x.dtype.kind in "iu", f"integers [{n}], one per image")
     return {"images": images if images.ndim == 4 else images[..., None], "labels": labels.astype(np.int64)}
 
 
@@ -449,7 +454,7 @@ def make_data(args, given):
     given: what a checkpoint says of Config, a dict. Raises DataError for unfit images.
     """
     datasets = open_images(args.data_dir) if args.data_dir else synthetic_dataset(args.seed)
-    flags = {field.name: getattr(args, field.name, field.default) for field in dataclasses.fields(Config)}
+    flags = {name: getattr(args, name) for name in Config.__dataclass_fields__ if name in args}
     for *shape, channels in dict.fromkeys(dataset["images"].shape[1:] for dataset in datasets):
         size = args.image_size or [side - side % args.patch_size for side in shape]
         given = {"image_size": size, "num_channels": channels} | given  # validation as training
@@ -462,8 +467,10 @@ def make_data(args, given):
     def collate(picked, rng=None, rows=None):
         n, *shape, _ = picked["images"].shape
         if rng:
-            scale = np.float32(config.rope_rescale ** rng.uniform(-1, 1))  # shared by the update, so it is drawn first
-            return picked | {"rope_scale": scale, "boxes": crop_boxes(rng, rows, *shape, args, aspect)}
+            return picked | {
+                "rope_scale": np.float32(config.rope_rescale ** rng.uniform(-1, 1)),  # of the whole update, drawn first
+                "boxes": crop_boxes(rng, rows, *shape, args, aspect),
+            }
         return picked | {"boxes": np.full((n, 5), middle(*shape, aspect), np.float32)}
 
     if args.features:
@@ -472,13 +479,17 @@ def make_data(args, given):
         order = np.random.default_rng(0).permutation(size_of(*datasets))
         if len(order) < 2:
             raise DataError(f"{args.data_dir}: one image, expected two, or val_images.npy")
-        parts = np.split(order, [len(order) // 10 or 1])
-        datasets = [subset(*datasets, np.sort(part)) for part in parts[::-1]]
+        datasets = [subset(*datasets, np.sort(part)) for part in np.split(order, [len(order) // 10 or 1])[::-1]]
     train, val = datasets
     # The same in every run, and in file order: a memory map is read from beginning to end.
-    labelled = np.flatnonzero(train["labels"][:] >= 0)
-    chosen = np.sort(np.random.default_rng(0).permutation(labelled)[: args.probe_samples])
-    return {"train": train, "val": val, "known": subset(train, chosen), "collate": collate, "config": config}
+    labelled = np.random.default_rng(0).permutation(np.flatnonzero(train["labels"][:] >= 0))
+    return {
+        "train": train,
+        "val": val,
+        "known": subset(train, np.sort(labelled[: args.probe_samples])),
+        "collate": collate,
+        "config": config,
+    }
 
 
 def describe(metrics):
@@ -560,15 +571,14 @@ def evaluate(model, data, args):
 @torch.no_grad()
 def write_features(datasets, collate, args, model):
     """--features OUT: float32 [N, D] of all images in file order, those of images.npy first. Returns this in words."""
-    with expecting("a new file in a folder that exists", args.features):
-        file = open(args.features, "xb")  # noqa: SIM115
     found = []
-    for dataset in datasets:
-        for batch in tqdm(fixed_batches(dataset, collate, args.device, args.batch_size), disable=None):
-            with autocast(args):
-                output = model(prepare(batch, model.config.image_size))
-            found.append(features(output, args).cpu())
-    with file:
+    # Opened first: what is no new file in a folder that exists is said before computing.
+    with open(args.features, "xb") as file:
+        for dataset in datasets:
+            for batch in tqdm(fixed_batches(dataset, collate, args.device, args.batch_size), disable=None):
+                with autocast(args):
+                    output = model(prepare(batch, model.config.image_size))
+                found.append(features(output, args).cpu())
         np.save(file, torch.cat(found).numpy())
     return f"{args.features}: features of {[*map(size_of, datasets)]} images, those of images.npy first"
 
@@ -582,7 +592,7 @@ def collapse(embedding):
     """
     patches = embedding[:, 1:].flatten(0, 1)
     patches = patches.cpu() if patches.device.type == "mps" else patches  # MPS has no float64
-    units = F.normalize(patches.double(), dim=1)  # in float32, rounding would count as further directions
+    units = F.normalize(patches.double())  # in float32, rounding would count as further directions
     n, length = len(units), units.sum(0).norm()
     singular = torch.linalg.eigvalsh((units.T @ units).nan_to_num()).clamp(min=0).sqrt()
     rank = torch.special.entr(F.normalize(singular, p=1, dim=0)).sum().exp()
@@ -610,7 +620,7 @@ def probe(x, y, test_x, test_y):
     relative, axes = relative[kept], axes[:, kept] / variance[kept].sqrt()
     x, test_x = x @ axes, test_x @ axes  # now x.T @ x = len(x) * identity
 
-    near = F.normalize(x[:, -64:], dim=1)
+    near = F.normalize(x[:, -64:])
     parts = test_x[:, -64:].split(1000)  # bounds the memory
     nearest = torch.cat([(part @ near.T).topk(min(20, len(x))).indices for part in parts])
 
@@ -792,7 +802,7 @@ def catch_signals():
 
 def received_signals():
     """How many signals the processes have received; the same on all of them."""
-    return int(all_reduce(torch.tensor(len(RECEIVED))))
+    return all_reduce(torch.tensor(len(RECEIVED)))
 
 
 def eval_batches(dataset, args, collate, limit=0):
@@ -888,7 +898,7 @@ def parse_args(argv):
     add_method_args(parser)
     parser.epilog = f"Without --{DATA_FLAGS[0]} the demonstration has defaults of its own:\n{DEMO}"
 
-    args, start, stored = parser.parse_args(argv), {"config": {}}, {}
+    args, start = parser.parse_args(argv), {"config": {}}
     origin = args.init_from
     if not args.out_dir and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
@@ -896,8 +906,10 @@ def parse_args(argv):
     folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}").expanduser()
     path = folder / ("best.pt" if args.eval_only else "ckpt.pt")
     if args.eval_only or args.resume and path.exists():
-        start, origin = load_checkpoint(path), folder
-        stored = start["args"]
+        with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
+            start = torch.load(path, map_location="cpu", weights_only=True)
+            Config(**start["config"])
+        origin = folder
     else:
         if not args.resume and (folder / "metrics.jsonl").exists():
             parser.error(f"--out_dir {folder} holds a run: --resume continues it, --eval_only uses it")
@@ -905,12 +917,14 @@ def parse_args(argv):
             parser.set_defaults(**DEMO)
         if origin:
             start = load_weights(origin)
-            parser.set_defaults(**(FINE_TUNING if Path(origin).is_dir() else {}))
-            stored = {name: value for name, value in start["config"].items() if name in vars(args)}
+            if Path(origin).is_dir():
+                parser.set_defaults(**FINE_TUNING)
+    stored = {name: value for name, value in start.get("args", start["config"]).items() if name in vars(args)}
     parser.set_defaults(**stored)
     given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
-    evaluates = args.eval_only or not args.resume
-    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if evaluates else ())}
+    free = {*MAY_CHANGE.split(), *DATA_FLAGS}
+    if args.eval_only or not args.resume:
+        free |= {"eval_samples", "dtype", *EVAL_FLAGS}
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
@@ -933,14 +947,6 @@ def parse_args(argv):
 # ---- files ----
 
 
-def load_checkpoint(path):
-    """The checkpoint at path (see Run.save). Raises DataError if it is not this script's."""
-    with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**checkpoint["config"])
-        return checkpoint
-
-
 def load_weights(path):
     """For --init_from: {"weights": ..., "config": what comes with them, a dict}. Raises DataError.
 
@@ -959,8 +965,10 @@ def load_weights(path):
         config = read_folder(path) if path.is_dir() else found.get("config", {})
         for wrapper in ("ema", "model", "state_dict"):
             found = found.get(wrapper) or found
-        weights = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in found.items()}
-        return {"weights": weights, "config": config}
+        return {
+            "config": config,
+            "weights": {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): x for name, x in found.items()},
+        }
 
 
 # ---- optimizer ----
@@ -968,18 +976,22 @@ def load_weights(path):
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine from lr to lr * min_lr_ratio at the last update."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / (args.max_train_steps - args.warmup_steps)
+    warmup = args.warmup_steps
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / (args.max_train_steps - warmup)
     return args.lr * (args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused: one kernel for all parameters."""
-    groups = []
-    for matrices in (True, False):
-        parameters = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
-        groups.append({"params": parameters, "weight_decay": args.weight_decay * matrices})
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.ndim >= 2) == matrices],
+            "weight_decay": args.weight_decay * matrices,
+        }
+        for matrices in (True, False)
+    ]
     return torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
 
 
@@ -993,7 +1005,7 @@ class Run:
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * WORLD  # samples of an update
         # The rows of an update that each micro-batch of this process takes: int64 [grad_accum, batch_size].
-        self.parts = np.arange(self.num_rows).reshape(WORLD, args.grad_accum, args.batch_size)[RANK]
+        self.parts = np.arange(self.num_rows).reshape(WORLD, args.grad_accum, -1)[RANK]
         self.must_match = {"--batch_size * --grad_accum * processes": self.num_rows} | fingerprint(data)
 
         torch.manual_seed(args.seed)
@@ -1016,14 +1028,14 @@ class Run:
                 if args.compile == "on":
                     raise
                 say(f"not compiled: {error}")
-        if WORLD > 1:
+        if WORLD > 1:  # waits for all: nobody writes before everybody has looked whether --out_dir is free
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
         self.step, self.sums, self.carries = 0, {}, [{}] * args.grad_accum  # a carry for each micro-batch
         # first, last, best: the metrics of validations
         self.state = {
             "first": {},
-            "last": {"step": -1},
+            "last": {},
             "best": {"loss": math.inf},
             "seconds": 0.0,
             "log_size": 0,
@@ -1046,26 +1058,30 @@ class Run:
             if part:
                 part.load_state_dict(checkpoint[name])
         self.step, self.state = checkpoint["step"], checkpoint["state"]
-        self.sums = checkpoint["sums"] if RANK == 0 else {}
+        if RANK == 0:
+            self.sums = checkpoint["sums"]
         carry = checkpoint["carry"].items()
         self.carries = [{name: x[rows].to(self.args.device) for name, x in carry} for rows in self.parts]
         torch.set_rng_state(checkpoint["rng"])
 
-    def require_finite(self, metrics):
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise DataError(f"step {self.step}: {name} is {value}, expected a finite number; the checkpoint stays")
+    def require_finite(self, name, value):
+        if not math.isfinite(value):
+            raise DataError(f"step {self.step}: {name} is {value}, expected a finite number; the checkpoint stays")
 
-    def save(self, name, contents):
+    def save(self, name, **contents):
         """Write contents, and what both checkpoints hold, to out_dir/name on the first process.
 
         Raises DataError, and keeps the old file, if a weight is not finite.
         """
-        self.require_finite({"norm of the weights": nn.utils.get_total_norm(self.model.parameters()).item()})
+        self.require_finite("norm of the weights", nn.utils.get_total_norm(self.model.parameters()))
         if RANK > 0:
             return
-        contents |= {"script": SCRIPT, "step": self.step, "args": self.args.flags}
-        contents["config"] = dataclasses.asdict(self.model.config)
+        contents |= {
+            "script": SCRIPT,
+            "step": self.step,
+            "args": self.args.flags,
+            "config": dataclasses.asdict(self.model.config),
+        }
         # Written beside it, then renamed: the file holds the old content or the new, never half.
         path, temporary = self.out_dir / name, self.out_dir / f"{name}.tmp"
         with expecting("a folder with room", path):
@@ -1081,15 +1097,16 @@ class Run:
     def save_latest(self):
         """ckpt.pt: everything that --resume needs."""
         carries = sum(gather([{name: x.cpu() for name, x in carry.items()} for carry in self.carries]), [])
-        contents = {name: part and part.state_dict() for name, part in self.saved.items()} | {
-            "must_match": self.must_match,
-            "state": self.state,
-            "sums": over_processes(self.sums),
+        self.save(
+            "ckpt.pt",
+            **{name: part and part.state_dict() for name, part in self.saved.items()},
+            must_match=self.must_match,
+            state=self.state,
+            sums=over_processes(self.sums),
             # All rows in order, so that another number of processes can take them over.
-            "carry": {name: torch.cat([carry[name] for carry in carries]) for name in carries[0]},
-            "rng": torch.get_rng_state(),  # nothing here draws on the GPU
-        }
-        self.save("ckpt.pt", contents)
+            carry={name: torch.cat([carry[name] for carry in carries]) for name in carries[0]},
+            rng=torch.get_rng_state(),  # nothing here draws on the GPU
+        )
 
     @torch.no_grad()
     def average(self):
@@ -1141,7 +1158,8 @@ class Run:
 
     def log(self, split, metrics):
         """One line: to the file, to wandb under the same names (val/ and final/ before theirs), and for people."""
-        self.require_finite({f"{split} {name}": value for name, value in metrics.items()})
+        for name, value in metrics.items():
+            self.require_finite(f"{split} {name}", value)
         if RANK > 0:
             return
         with expecting("room", self.log_path), open(self.log_path, "a") as file:
@@ -1154,19 +1172,18 @@ class Run:
             say(f"Step {self.step}/{self.args.max_train_steps}, {split.capitalize()} {describe(metrics)}")
 
     def validate(self):
-        """Evaluate, log and save. Returns whether a signal came meanwhile: then half an evaluation is discarded."""
+        """Evaluate, log and save, unless a signal cut the evaluation short."""
         model = self.ema or self.model
         metrics = evaluate(model.eval(), self.data, self.args) | {"step": self.step}
         self.model.train()
         if received_signals():
-            return True
+            return
         self.log("val", metrics)
         self.state |= {"last": metrics, "first": self.state["first"] or metrics}
         if metrics["loss"] < self.state["best"]["loss"]:
             self.state["best"] = metrics
-            self.save("best.pt", {"model": model.state_dict(), "metrics": metrics})
+            self.save("best.pt", model=model.state_dict(), metrics=metrics)
         self.save_latest()
-        return False
 
     def finish(self):
         """The closing line and table."""
@@ -1183,10 +1200,10 @@ def train(run):
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
     while True:
         # Evaluate, save, leave. A signal ends the run here, after a whole update.
-        done, stop = run.step >= args.max_train_steps, received_signals()
-        if not stop and run.state["last"]["step"] < run.step and (done or run.step % args.eval_interval == 0):
-            stop = run.validate()
-        if stop:
+        done = run.step >= args.max_train_steps
+        if run.state["last"].get("step") != run.step and (done or run.step % args.eval_interval == 0):
+            run.validate()
+        if received_signals():
             run.save_latest()
             say(f"stopped after step {run.step}; to continue: --resume --out_dir {args.out_dir!r}")
             return 128 + max(RECEIVED, default=15)  # 15: only others received one
@@ -1242,7 +1259,6 @@ def launch(argv):
     if WORLD > 1:
         with expecting("processes started by torchrun", f"{WORLD} processes"):
             dist.init_process_group(f"cpu:gloo{',cuda:nccl' * (args.device.type == 'cuda')}")
-        dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
     data = make_data(args, start["config"])
     if not args.eval_only:
         run = Run(args, data, start)
@@ -1282,12 +1298,12 @@ def main(argv=None):
             raise
         message = traceback.format_exc()
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(exit_code=int(bool(message)))
-    if message and WORLD > 1:
-        time.sleep(min(RANK, 1))  # torchrun ends the others when one has ended: mostly the first alone says it
-        message = print(f"[rank {RANK}] {message}", file=sys.stderr)
-    if dist.is_initialized():  # no cleaning up: freed in the wrong order, gloo and torch wait for each other's threads
-        os._exit(code)
+        sys.modules["wandb"].finish(exit_code=1 if message else 0)
+    if WORLD > 1:
+        if message:
+            time.sleep(min(RANK, 1))  # torchrun ends the others when one has ended: mostly the first alone says it
+            print(f"[rank {RANK}] {message}", file=sys.stderr)
+        os._exit(code)  # no cleaning up: freed in the wrong order, gloo and torch wait for each other's threads
     if code:
         sys.exit(message or code)
 

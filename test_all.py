@@ -356,7 +356,7 @@ def small(script):
         "trm_deep": (  # several supervision steps: the carry must not leak either
             trm,
             torch.randn(2, 9, 16),
-            lambda model, x: trm_deep.answer(model, {"input_embeddings": x}, diagnose=True)["intermediate_logits"],
+            lambda model, x: trm_deep.answer(model, {"input_embeddings": x})["intermediate_logits"],
         ),
         "jepa_lm": (jepa_model, torch.randint(250, (2, 9)), lambda model, x: [model(x)]),
     }[script]
@@ -1192,6 +1192,8 @@ def test_predict_gives_separate_labels_at_every_position_in_their_own_units(tmp_
     model = best_of("trm_deep", folder / "run", H_cycles=5)
     logits = trm_deep.answer(model, {"input_embeddings": (x - mean) / scale})["logits"]
     near(torch.tensor(np.load(folder / "out.npy")), logits * label_scale + label_mean, 1e-3)
+    flags = f"--eval_only --rollout 2 --predict {chunk} {folder}/more.npy"
+    assert "labels are no next inputs, expected" in stopped("trm_deep", folder / "run", flags, tiny=False)[1]
 
 
 # ==== nepa_deep.py: the model ========================================================================================

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
-    from data import Concat, DataError, Subset, expecting, fingerprint, fixed_batches, pick, size_of, training_batches
+    from data import Concat, DataError, expecting, fingerprint, fixed_batches, pick, size_of, subset, training_batches
 except ImportError as error:
     sys.exit(f"error: {error}; expected data.py beside this script and no other `data` before it on the path")
 
@@ -84,7 +84,7 @@ class Config:
         """
         size = names.get("vocab_size", cls.input_size)
         names = {"input_size": size, "output_size": size} | names
-        return cls(**{name: value for name, value in names.items() if name in cls.__dataclass_fields__})
+        return cls(**{name: names[name] for name in cls.__dataclass_fields__ if name in names})
 
 
 def rms_norm(x):
@@ -96,7 +96,7 @@ def rotary(positions, d):
     """RoPE angles (theta 10000) of positions [T] as cos, signed sin [T, 1, 1, d], float32."""
     frequencies = 10000 ** (-torch.arange(0, d, 2, device=positions.device) / d)
     angles = positions[:, None, None, None] * frequencies
-    return torch.cat([angles, angles], dim=-1).cos(), torch.cat([-angles, angles], dim=-1).sin()
+    return torch.cat([angles, angles], -1).cos(), torch.cat([-angles, angles], -1).sin()
 
 
 def rotate(x, cos, sin):
@@ -113,8 +113,7 @@ class Block(nn.Module):
         D = config.hidden_size
         # SwiGLU has three matrices; 2/3 keeps the parameter count.
         inner = math.ceil(round(config.expansion * D * 2 / 3) / 256) * 256
-        self.num_heads = config.num_heads
-        self.causal = config.causal
+        self.config = config
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.o = nn.Linear(D, D, bias=False)
         self.gate_up = nn.Linear(D, 2 * inner, bias=False)
@@ -123,10 +122,10 @@ class Block(nn.Module):
     def forward(self, h, rotation):
         B, T, D = h.shape
         qk, v = self.qkv(h).split([2 * D, D], dim=-1)
-        qk = rotate(qk.view(B, T, 2, self.num_heads, -1), *rotation)
+        qk = rotate(qk.view(B, T, 2, self.config.num_heads, -1), *rotation)
         q, k = qk.transpose(1, 3).unbind(2)  # each [B, heads, T, d]
-        v = v.view(B, T, self.num_heads, -1).transpose(1, 2)  # [B, heads, T, d]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, T, d]
+        v = v.view(B, T, self.config.num_heads, -1).transpose(1, 2)  # [B, heads, T, d]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)  # [B, heads, T, d]
         h = rms_norm(h + self.o(attended.transpose(1, 2).reshape(B, T, D)))
         gate, up = self.gate_up(h).chunk(2, dim=-1)  # each [B, T, inner]
         return rms_norm(h + self.down(F.silu(gate) * up))
@@ -237,15 +236,17 @@ class Model(nn.Module):
             latent.append([read_out(z) for z in latents if latent_logits])
 
         # The halting head reads the first position, as in the paper, or the last one, which alone has seen all.
-        z = z_H[:, -1 if c.causal else 0]
         # In float32 always. The state is detached: a cross-entropy of .3 beside an MSE of .03 would dominate z_H's
         # gradient (synthetic dataset, 2,500 updates at lr 2e-3, seeds 0 and 1: .998 exact detached, .934 not).
-        q = (z.detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
-        sure = (q > 0) & (steps >= data.get("min_steps", 1)) & self.training
-        stop = sure | (steps >= c.halt_max_steps)
-        state = {"z_H": z_H.detach().float(), "z_L": z_L.detach().float(), "steps": steps, "halted": stop}
-        logits = {"logits": intermediate[-1], "intermediate_logits": intermediate, "latent_logits": latent}
-        return data | state, logits | {"q_halt_logits": q}
+        q = (z_H[:, -1 if c.causal else 0].detach().float() * self.q_head.weight[0]).sum(-1) + self.q_head.bias
+        halted = (q > 0) & (steps >= data.get("min_steps", 1)) & self.training | (steps >= c.halt_max_steps)
+        state = {"z_H": z_H.detach().float(), "z_L": z_L.detach().float(), "steps": steps, "halted": halted}
+        return data | state, {
+            "logits": intermediate[-1],
+            "intermediate_logits": intermediate,
+            "latent_logits": latent,
+            "q_halt_logits": q,
+        }
 
 
 RecursiveLLM = Model  # the name in the published training scripts
@@ -299,7 +300,7 @@ def supervision_weights(num_steps, schedule, base_weight):
     }
     if str(schedule) in formulas:
         return [*formulas[schedule], 1.0]
-    weights = [float(weight) for weight in (schedule.split(",") if isinstance(schedule, str) else schedule)]
+    weights = [*map(float, schedule.split(",") if isinstance(schedule, str) else schedule)]
     if len(weights) != num_steps:
         raise ValueError(f"{len(weights)} weights for {num_steps} steps")
     return weights
@@ -404,10 +405,10 @@ def open_folder(folder):
     text stay on one side). A dataset without any file is {}. Raises DataError for a file that is unreadable or of
     another shape than the first.
     """
-    datasets = {"train": {}, "val": {}}
+    datasets = []
     first = {}  # the shapes in the first file
     unread = {*Path(folder).iterdir()}
-    for split, dataset in datasets.items():
+    for split in ("train", "val"):
         name = rf"{split}_embeddings_chunk_(\d+)\.(?:pt|npy)"
         numbered = {int(match[1]): path for path in sorted(unread) if (match := re.fullmatch(name, path.name))}
         chunks = {path: open_chunk(path) for _, path in sorted(numbered.items())}
@@ -416,17 +417,20 @@ def open_folder(folder):
             shapes = {name: list(x.shape[1:]) for name, x in chunk.items()}
             if shapes != (first := first or shapes):
                 raise DataError(f"{path}: samples of shape {shapes}, expected {first} as in the first file")
-        for name in first if chunks else ():
-            # Zeros at either end would count as sentences; only a puzzle's inputs may have them.
-            tensors = [chunk[name] for chunk in chunks.values()]
-            dataset[name] = Concat(tensors, [*chunks], name == "input_embeddings")
+        # Zeros at either end would count as sentences; only a puzzle's inputs may have them.
+        datasets.append(
+            {
+                name: Concat([chunk[name] for chunk in chunks.values()], [*chunks], name == "input_embeddings")
+                for name in first
+                if chunks
+            }
+        )
     if others := sorted(path.name for path in unread if "embeddings" in path.name):
         say(f"{folder}: not read: {', '.join(others)}")
-    train, val = datasets.values()
+    train, val = datasets
     if train and not val:
         size = size_of(train)
-        parts = np.split(np.arange(size), [size - max(1, size // 10)])
-        train, val = ({name: Subset(array, part) for name, array in train.items()} for part in parts)
+        train, val = (subset(train, part) for part in np.split(np.arange(size), [-(size // 10 or 1)]))
     return train, val
 
 
@@ -438,14 +442,12 @@ def make_data(args, given):
 
     given: what a checkpoint says of Config, a dict. The weights fit any number of cycles: the flags say it.
     """
-    if given:
-        given = given | {name: getattr(args, name) for name in CYCLES} | {"learn_init": args.enable_deep_supervision}
+    flags = {name: getattr(args, name) for name in CYCLES} | {"learn_init": args.enable_deep_supervision}
     EXAMPLE.clear()  # of an earlier run in this process
     if args.predict:
-        return {"config": Config(**given), "predict": functools.partial(predict, args=args)}
+        return {"config": Config(**given | flags), "predict": functools.partial(predict, args=args)}
     train, val = open_folder(args.data_folder) if args.data_folder else synthetic_dataset(args.seed)
-    needed = val if args.eval_only else train
-    if not needed or not size_of(needed):
+    if not size_of(val if args.eval_only else train):
         raise DataError(f"{args.data_folder}: too few training sequences, expected 2 in train_embeddings_chunk_0.pt")
     example = pick(val, np.arange(1)).values()  # a sequence, or its inputs and labels
     widths = [x.shape[2] for x in example]
@@ -455,20 +457,19 @@ def make_data(args, given):
         size = size_of(train)
         sample = pick(train, np.arange(0, size, 1 + size * sum(x.numel() for x in example) // 2**24))
     sizes = {"input_size": widths[0], "output_size": widths[-1], "separate_labels": separate}
-    chosen = {"causal": not args.bidirectional, "learn_init": args.enable_deep_supervision}
     if not given:
         if separate and not args.bidirectional:
             say("attention is causal; --bidirectional for labels that are not later inputs")
-        chosen["hidden_size"] = args.hidden_size or widths[0]
-        if args.data_folder and args.normalize:
+        given = {"causal": not args.bidirectional, "hidden_size": args.hidden_size or widths[0]}
+        if sample and args.normalize:
             moments = []  # of the sequences, or of inputs and labels
             for x in sample.values():
                 variance, mean = torch.var_mean(x.double(), (0, 1), correction=0)
                 if not variance.any():
                     raise DataError(f"{args.data_folder}: constant embeddings, expected ones that differ")
                 moments.append((mean.tolist(), variance.mean().sqrt().item()))
-            chosen["normalization"] = moments[0], moments[-1]
-    config = Config.from_dict(vars(args) | sizes | chosen | given)
+            given["normalization"] = moments[0], moments[-1]
+    config = Config.from_dict(vars(args) | sizes | given | flags)
     if args.bidirectional and config.causal:
         raise DataError(f"{args.init_from}: attention is causal, expected no --bidirectional")
     if not config.causal and not separate:
@@ -480,22 +481,28 @@ def make_data(args, given):
     def collate(picked, rng=None, rows=None):
         if "sequence" in picked:  # T + 1 sentences: all but the last are read, all but the first predicted
             picked = {"input_embeddings": picked["sequence"][:, :-1], "labels": picked["sequence"][:, 1:]}
-        batch = {}
-        for (name, x), (mean, scale) in zip(picked.items(), config.normalization):
-            batch[name] = (x - torch.tensor(mean)) / scale
+        batch = {
+            name: (x - torch.tensor(mean)) / scale
+            for (name, x), (mean, scale) in zip(picked.items(), config.normalization)
+        }
         if rng:  # a longer draw begins with the shorter one: rows have theirs, however the update is split
             explore, uniform = rng.random((rows[-1] + 1, 2))[rows].T
-            steps = np.where(explore < args.halt_exploration_prob, 2 + uniform * (args.halt_max_steps - 1), 1)
-            batch["min_steps"] = steps.astype(np.int32)
+            longer = 2 + uniform * (args.halt_max_steps - 1)
+            batch["min_steps"] = np.int32(np.where(explore < args.halt_exploration_prob, longer, 1))
         return batch
 
-    ridge = fit_ridge(**collate(sample)) if sample else None
-    return {"train": train, "val": val, "collate": collate, "config": config, "ridge": ridge}
+    return {
+        "train": train,
+        "val": val,
+        "collate": collate,
+        "config": config,
+        "ridge": fit_ridge(**collate(sample)) if sample else None,
+    }
 
 
 def linear_features(x):
     """What the linear baseline reads at each position of x [B, T, D]: the embedding and the mean of all up to it."""
-    return torch.cat([x, x.cumsum(1) / torch.ones_like(x).cumsum(1)], dim=-1)
+    return torch.cat([x, x.cumsum(1) / torch.ones_like(x).cumsum(1)], -1)
 
 
 def fit_ridge(input_embeddings, labels):
@@ -571,9 +578,10 @@ def compute_loss(model, batch, carry, args):
     end = args.curriculum_end_step
     if batch["step"] < end:
         cycles = 1 + batch["step"] * (cycles - 1) // end
-    deep = args.enable_deep_supervision
     latent = args.L_cycle_supervision / args.L_cycles
-    carry, outputs = model(carry, batch, deep, latent_logits=latent > 0, cycles=cycles, detach=args.detach_cycles)
+    carry, outputs = model(
+        carry, batch, args.enable_deep_supervision, latent_logits=latent > 0, cycles=cycles, detach=args.detach_cycles
+    )
     labels = carry["labels"]
     supervision = labels, args.deep_supervision_schedule, args.deep_supervision_weight
     loss, losses = compute_deep_supervision_loss(outputs["intermediate_logits"], *supervision)
@@ -582,24 +590,23 @@ def compute_loss(model, batch, carry, args):
     right = is_right(outputs["logits"], labels, args)[1]  # bool [B]
     halt_loss = F.binary_cross_entropy_with_logits(outputs["q_halt_logits"], right.float())
 
-    steps = {f"step_{h}_loss": value for h, value in enumerate(losses, start=cycles - len(losses))}
+    steps = {f"step_{h}_loss": value for h, value in enumerate(losses, cycles - len(losses))}
     steps |= {"loss": loss.detach(), "q_halt_loss": halt_loss.detach(), "cycles": cycles}
     metrics = to_sums(steps, len(labels))
     metrics["mean_steps"] = (carry["steps"] * carry["halted"]).sum(), carry["halted"].sum()
     return batch["share"] * (loss + 0.5 * halt_loss), metrics, carry
 
 
-def answer(model, batch, diagnose=False):
-    """Outputs after all halt_max_steps supervision steps; diagnose: with the logits of every cycle of the last one.
+def answer(model, batch):
+    """Outputs after all halt_max_steps supervision steps, with the logits of every cycle of the last one.
 
     Also halted_logits [B, T, D_out] and halted_steps int [B]: those of each row's first step with q > 0.
     """
     carry = model.initial_carry(batch)
     running = torch.ones_like(carry["halted"])
-    halted_logits = 0.0
-    halted_steps = 0
+    halted_logits = halted_steps = 0
     for _ in range(model.config.halt_max_steps):
-        carry, outputs = model(carry, batch, enable_deep_supervision=diagnose)
+        carry, outputs = model(carry, batch, True)
         # A row that has halted keeps its answer; the batch continues as a whole.
         halted_logits = torch.where(running[:, None, None], outputs["logits"], halted_logits)
         halted_steps += running
@@ -613,7 +620,7 @@ def evaluate(model, data, args):
     sums = {}
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
         with autocast(args):
-            outputs = answer(model, batch, diagnose=True)
+            outputs = answer(model, batch)
         inputs = batch["input_embeddings"]
         labels = batch["labels"]
         answers = outputs["intermediate_logits"]
@@ -630,8 +637,8 @@ def evaluate(model, data, args):
             metrics["halt_mean_steps"] = outputs["halted_steps"].float().mean()
         for prefix, guess in guesses.items():
             exact, solved = (right.float().mean() for right in is_right(guess, labels, args))
-            loss = F.mse_loss(guess, labels)
-            metrics |= {prefix + "loss": loss, prefix + "exact_acc": exact, prefix + "solved_acc": solved}
+            metrics[prefix + "loss"] = F.mse_loss(guess, labels)
+            metrics |= {prefix + "exact_acc": exact, prefix + "solved_acc": solved}
         add_sums(sums, to_sums(metrics, len(labels)))
     return means(sums)
 
@@ -650,19 +657,18 @@ def predict(model, args):
         raise DataError(f"{source}: embeddings of size {x.shape[2]}, expected {c.input_size}")
     x = Concat([x], [source], c.separate_labels)[np.arange(len(x))]
     (mean, scale), (label_mean, label_scale) = c.normalization
-    rollout = 1 if c.separate_labels else args.rollout
-    if rollout < args.rollout:
-        say("--rollout has no effect: the run's labels are not the next inputs")
+    if c.separate_labels and args.rollout > 1:
+        raise DataError("--rollout: the run's labels are no next inputs, expected a run on sequences")
     found = []
     with open(target, "xb") as file:  # first: what is no new file in a folder that exists is said before computing
         for part in ((x - torch.tensor(mean)) / scale).split(args.batch_size):
             sequence = part.to(args.device)
-            for _ in range(rollout):
+            for _ in range(args.rollout):
                 with autocast(args):
                     outputs = answer(model, {"input_embeddings": sequence})
                 new = outputs["halted_logits" if args.eval_halt else "logits"]
                 if not c.separate_labels:
-                    sequence = torch.cat([sequence, new[:, -1:]], dim=1)
+                    sequence = torch.cat([sequence, new[:, -1:]], 1)
                     new = sequence[:, x.shape[1] :]
             found.append(new.cpu())
         predicted = torch.cat(found) * label_scale + torch.tensor(label_mean)  # in the data's units again
@@ -675,10 +681,23 @@ def predict(model, args):
 
 DATA_FLAGS = ("data_folder",)
 EVAL_FLAGS = ("predict", "rollout", "halt_cosine", "eval_halt", *CYCLES)
-DEMO = {"hidden_size": 128, "num_heads": 4, "L_layers": 1, "L_cycles": 2, "halt_max_steps": 1, "bidirectional": True}
-DEMO |= {"batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.5, "ema_decay": 0.98}
 FINE_TUNING = {}
-DEMO |= {"max_train_steps": 1000, "curriculum_end_step": 600, "eval_interval": 200}
+DEMO = {
+    "hidden_size": 128,
+    "num_heads": 4,
+    "L_layers": 1,
+    "L_cycles": 2,
+    "halt_max_steps": 1,
+    "bidirectional": True,
+    "batch_size": 32,
+    "lr": 2e-3,
+    "warmup_steps": 50,
+    "weight_decay": 0.5,
+    "ema_decay": 0.98,
+    "max_train_steps": 1000,
+    "curriculum_end_step": 600,
+    "eval_interval": 200,
+}
 
 
 def add_method_args(parser):
@@ -702,8 +721,11 @@ def add_method_args(parser):
     flag = flag_group(parser, "deep supervision")
     flag("--enable_deep_supervision", False, "loss and gradient at every H cycle, not only at the last")
     flag("--deep_supervision_weight", 0.5, "base weight of the losses before the last")
-    schedules = "constant, linear_decay, exponential_decay, u_shaped, dynamic (by each cycle's loss), or as 0.3,0.4,1.0"
-    flag("--deep_supervision_schedule", "constant", schedules)
+    flag(
+        "--deep_supervision_schedule",
+        "constant",
+        "constant, linear_decay, exponential_decay, u_shaped, dynamic (by each cycle's loss), or as 0.3,0.4,1.0",
+    )
     flag("--detach_cycles", False, "the loss of every cycle, but no gradient from one cycle to the one before")
     flag("--curriculum_end_step", 0, "train one H cycle at first, one more at even intervals, all from this update on")
     flag("--L_cycle_supervision", 0.0, "weight of a loss after every L cycle as well")
@@ -840,7 +862,7 @@ def catch_signals():
 
 def received_signals():
     """How many signals the processes have received; the same on all of them."""
-    return int(all_reduce(torch.tensor(len(RECEIVED))))
+    return all_reduce(torch.tensor(len(RECEIVED)))
 
 
 def eval_batches(dataset, args, collate, limit=0):
@@ -936,7 +958,7 @@ def parse_args(argv):
     add_method_args(parser)
     parser.epilog = f"Without --{DATA_FLAGS[0]} the demonstration has defaults of its own:\n{DEMO}"
 
-    args, start, stored = parser.parse_args(argv), {"config": {}}, {}
+    args, start = parser.parse_args(argv), {"config": {}}
     origin = args.init_from
     if not args.out_dir and (args.resume or args.eval_only):
         parser.error("--resume and --eval_only need the --out_dir of a run")
@@ -944,8 +966,10 @@ def parse_args(argv):
     folder = Path(args.out_dir or f"out/{SCRIPT}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}").expanduser()
     path = folder / ("best.pt" if args.eval_only else "ckpt.pt")
     if args.eval_only or args.resume and path.exists():
-        start, origin = load_checkpoint(path), folder
-        stored = start["args"]
+        with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
+            start = torch.load(path, map_location="cpu", weights_only=True)
+            Config(**start["config"])
+        origin = folder
     else:
         if not args.resume and (folder / "metrics.jsonl").exists():
             parser.error(f"--out_dir {folder} holds a run: --resume continues it, --eval_only uses it")
@@ -953,12 +977,14 @@ def parse_args(argv):
             parser.set_defaults(**DEMO)
         if origin:
             start = load_weights(origin)
-            parser.set_defaults(**(FINE_TUNING if Path(origin).is_dir() else {}))
-            stored = {name: value for name, value in start["config"].items() if name in vars(args)}
+            if Path(origin).is_dir():
+                parser.set_defaults(**FINE_TUNING)
+    stored = {name: value for name, value in start.get("args", start["config"]).items() if name in vars(args)}
     parser.set_defaults(**stored)
     given, args = args, parser.parse_args(argv)  # now the command line overrides the defaults set above
-    evaluates = args.eval_only or not args.resume
-    free = {*MAY_CHANGE.split(), *DATA_FLAGS, *(("eval_samples", "dtype", *EVAL_FLAGS) if evaluates else ())}
+    free = {*MAY_CHANGE.split(), *DATA_FLAGS}
+    if args.eval_only or not args.resume:
+        free |= {"eval_samples", "dtype", *EVAL_FLAGS}
     for name, value in vars(args).items():
         if value == "":
             parser.error(f"--{name} is empty, expected a value")  # an unset shell variable
@@ -981,14 +1007,6 @@ def parse_args(argv):
 # ---- files ----
 
 
-def load_checkpoint(path):
-    """The checkpoint at path (see Run.save). Raises DataError if it is not this script's."""
-    with expecting(f"a checkpoint of this version of {SCRIPT}.py", path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**checkpoint["config"])
-        return checkpoint
-
-
 def load_weights(path):
     """For --init_from: {"weights": ..., "config": what comes with them, a dict}. Raises DataError.
 
@@ -1007,8 +1025,10 @@ def load_weights(path):
         config = read_folder(path) if path.is_dir() else found.get("config", {})
         for wrapper in ("ema", "model", "state_dict"):
             found = found.get(wrapper) or found
-        weights = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in found.items()}
-        return {"weights": weights, "config": config}
+        return {
+            "config": config,
+            "weights": {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): x for name, x in found.items()},
+        }
 
 
 # ---- optimizer ----
@@ -1016,18 +1036,22 @@ def load_weights(path):
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine from lr to lr * min_lr_ratio at the last update."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / (args.max_train_steps - args.warmup_steps)
+    warmup = args.warmup_steps
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / (args.max_train_steps - warmup)
     return args.lr * (args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def make_optimizer(model, args):
     """AdamW, weight decay on matrices only; fused: one kernel for all parameters."""
-    groups = []
-    for matrices in (True, False):
-        parameters = [p for p in model.parameters() if (p.ndim >= 2) == matrices]
-        groups.append({"params": parameters, "weight_decay": args.weight_decay * matrices})
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.ndim >= 2) == matrices],
+            "weight_decay": args.weight_decay * matrices,
+        }
+        for matrices in (True, False)
+    ]
     return torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
 
 
@@ -1041,7 +1065,7 @@ class Run:
         self.args, self.data, self.out_dir = args, data, Path(args.out_dir)
         self.num_rows = args.batch_size * args.grad_accum * WORLD  # samples of an update
         # The rows of an update that each micro-batch of this process takes: int64 [grad_accum, batch_size].
-        self.parts = np.arange(self.num_rows).reshape(WORLD, args.grad_accum, args.batch_size)[RANK]
+        self.parts = np.arange(self.num_rows).reshape(WORLD, args.grad_accum, -1)[RANK]
         self.must_match = {"--batch_size * --grad_accum * processes": self.num_rows} | fingerprint(data)
 
         torch.manual_seed(args.seed)
@@ -1064,14 +1088,14 @@ class Run:
                 if args.compile == "on":
                     raise
                 say(f"not compiled: {error}")
-        if WORLD > 1:
+        if WORLD > 1:  # waits for all: nobody writes before everybody has looked whether --out_dir is free
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
         self.step, self.sums, self.carries = 0, {}, [{}] * args.grad_accum  # a carry for each micro-batch
         # first, last, best: the metrics of validations
         self.state = {
             "first": {},
-            "last": {"step": -1},
+            "last": {},
             "best": {"loss": math.inf},
             "seconds": 0.0,
             "log_size": 0,
@@ -1094,26 +1118,30 @@ class Run:
             if part:
                 part.load_state_dict(checkpoint[name])
         self.step, self.state = checkpoint["step"], checkpoint["state"]
-        self.sums = checkpoint["sums"] if RANK == 0 else {}
+        if RANK == 0:
+            self.sums = checkpoint["sums"]
         carry = checkpoint["carry"].items()
         self.carries = [{name: x[rows].to(self.args.device) for name, x in carry} for rows in self.parts]
         torch.set_rng_state(checkpoint["rng"])
 
-    def require_finite(self, metrics):
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise DataError(f"step {self.step}: {name} is {value}, expected a finite number; the checkpoint stays")
+    def require_finite(self, name, value):
+        if not math.isfinite(value):
+            raise DataError(f"step {self.step}: {name} is {value}, expected a finite number; the checkpoint stays")
 
-    def save(self, name, contents):
+    def save(self, name, **contents):
         """Write contents, and what both checkpoints hold, to out_dir/name on the first process.
 
         Raises DataError, and keeps the old file, if a weight is not finite.
         """
-        self.require_finite({"norm of the weights": nn.utils.get_total_norm(self.model.parameters()).item()})
+        self.require_finite("norm of the weights", nn.utils.get_total_norm(self.model.parameters()))
         if RANK > 0:
             return
-        contents |= {"script": SCRIPT, "step": self.step, "args": self.args.flags}
-        contents["config"] = dataclasses.asdict(self.model.config)
+        contents |= {
+            "script": SCRIPT,
+            "step": self.step,
+            "args": self.args.flags,
+            "config": dataclasses.asdict(self.model.config),
+        }
         # Written beside it, then renamed: the file holds the old content or the new, never half.
         path, temporary = self.out_dir / name, self.out_dir / f"{name}.tmp"
         with expecting("a folder with room", path):
@@ -1129,15 +1157,16 @@ class Run:
     def save_latest(self):
         """ckpt.pt: everything that --resume needs."""
         carries = sum(gather([{name: x.cpu() for name, x in carry.items()} for carry in self.carries]), [])
-        contents = {name: part and part.state_dict() for name, part in self.saved.items()} | {
-            "must_match": self.must_match,
-            "state": self.state,
-            "sums": over_processes(self.sums),
+        self.save(
+            "ckpt.pt",
+            **{name: part and part.state_dict() for name, part in self.saved.items()},
+            must_match=self.must_match,
+            state=self.state,
+            sums=over_processes(self.sums),
             # All rows in order, so that another number of processes can take them over.
-            "carry": {name: torch.cat([carry[name] for carry in carries]) for name in carries[0]},
-            "rng": torch.get_rng_state(),  # nothing here draws on the GPU
-        }
-        self.save("ckpt.pt", contents)
+            carry={name: torch.cat([carry[name] for carry in carries]) for name in carries[0]},
+            rng=torch.get_rng_state(),  # nothing here draws on the GPU
+        )
 
     @torch.no_grad()
     def average(self):
@@ -1189,7 +1218,8 @@ class Run:
 
     def log(self, split, metrics):
         """One line: to the file, to wandb under the same names (val/ and final/ before theirs), and for people."""
-        self.require_finite({f"{split} {name}": value for name, value in metrics.items()})
+        for name, value in metrics.items():
+            self.require_finite(f"{split} {name}", value)
         if RANK > 0:
             return
         with expecting("room", self.log_path), open(self.log_path, "a") as file:
@@ -1202,19 +1232,18 @@ class Run:
             say(f"Step {self.step}/{self.args.max_train_steps}, {split.capitalize()} {describe(metrics)}")
 
     def validate(self):
-        """Evaluate, log and save. Returns whether a signal came meanwhile: then half an evaluation is discarded."""
+        """Evaluate, log and save, unless a signal cut the evaluation short."""
         model = self.ema or self.model
         metrics = evaluate(model.eval(), self.data, self.args) | {"step": self.step}
         self.model.train()
         if received_signals():
-            return True
+            return
         self.log("val", metrics)
         self.state |= {"last": metrics, "first": self.state["first"] or metrics}
         if metrics["loss"] < self.state["best"]["loss"]:
             self.state["best"] = metrics
-            self.save("best.pt", {"model": model.state_dict(), "metrics": metrics})
+            self.save("best.pt", model=model.state_dict(), metrics=metrics)
         self.save_latest()
-        return False
 
     def finish(self):
         """The closing line and table."""
@@ -1231,10 +1260,10 @@ def train(run):
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
     while True:
         # Evaluate, save, leave. A signal ends the run here, after a whole update.
-        done, stop = run.step >= args.max_train_steps, received_signals()
-        if not stop and run.state["last"]["step"] < run.step and (done or run.step % args.eval_interval == 0):
-            stop = run.validate()
-        if stop:
+        done = run.step >= args.max_train_steps
+        if run.state["last"].get("step") != run.step and (done or run.step % args.eval_interval == 0):
+            run.validate()
+        if received_signals():
             run.save_latest()
             say(f"stopped after step {run.step}; to continue: --resume --out_dir {args.out_dir!r}")
             return 128 + max(RECEIVED, default=15)  # 15: only others received one
@@ -1290,7 +1319,6 @@ def launch(argv):
     if WORLD > 1:
         with expecting("processes started by torchrun", f"{WORLD} processes"):
             dist.init_process_group(f"cpu:gloo{',cuda:nccl' * (args.device.type == 'cuda')}")
-        dist.barrier()  # nobody writes before everybody has looked whether --out_dir is free
     data = make_data(args, start["config"])
     if not args.eval_only:
         run = Run(args, data, start)
@@ -1330,12 +1358,12 @@ def main(argv=None):
             raise
         message = traceback.format_exc()
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(exit_code=int(bool(message)))
-    if message and WORLD > 1:
-        time.sleep(min(RANK, 1))  # torchrun ends the others when one has ended: mostly the first alone says it
-        message = print(f"[rank {RANK}] {message}", file=sys.stderr)
-    if dist.is_initialized():  # no cleaning up: freed in the wrong order, gloo and torch wait for each other's threads
-        os._exit(code)
+        sys.modules["wandb"].finish(exit_code=1 if message else 0)
+    if WORLD > 1:
+        if message:
+            time.sleep(min(RANK, 1))  # torchrun ends the others when one has ended: mostly the first alone says it
+            print(f"[rank {RANK}] {message}", file=sys.stderr)
+        os._exit(code)  # no cleaning up: freed in the wrong order, gloo and torch wait for each other's threads
     if code:
         sys.exit(message or code)
 
