@@ -1023,6 +1023,7 @@ def load_weights(path):
             else:
                 found = torch.load(file, map_location="cpu", weights_only=True)
         config = read_folder(path) if path.is_dir() else found.get("config", {})
+        Config(**config)  # of this script, or an error
         for wrapper in ("ema", "model", "state_dict"):
             found = found.get(wrapper) or found
         return {
