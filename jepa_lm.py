@@ -166,7 +166,7 @@ class Model(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.predictors = nn.Parameter(torch.empty(config.predictors, config.hidden_size))
+        self.predictors = nn.Parameter(torch.empty(config.predictors, config.hidden_size), config.predictors > 0)
         # The predictors come last: the language model is the same for any number of them.
         for table in (self.embed_tokens.weight, self.predictors):
             nn.init.normal_(table, std=0.05)
