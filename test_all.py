@@ -2320,7 +2320,7 @@ def test_the_losses_are_means_over_the_tokens_and_pairs_of_the_whole_update(flag
 
 def test_unmask_user_supervises_everything_in_training_and_nothing_more_in_validation(tmp_path):
     """The source document's puzzle: training losses over different tokens do not compare, validation losses do."""
-    for i, source in enumerate(("", f"--train_file {write_chats(tmp_path / 'chats', RAGGED[:3] * 2 + OTHERS)}")):
+    for i, source in enumerate(("", files_of(tmp_path, RAGGED[:3] * 2))):
         flags = f"{source} --max_train_steps 1 --batch_size 6 --regular"
         masked, whole = (run("jepa_lm", tmp_path / f"{i}{len(more)}", flags + more) for more in ("", " --unmask_user"))
         assert masked[0] == whole[0] and masked[1]["valid_tokens"] < whole[1]["valid_tokens"]
