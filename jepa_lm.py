@@ -842,7 +842,7 @@ def add_method_args(parser):
     flag("--max_length", 1024, "longer chats are left out of training, refused in --eval_file", 8)
     flag("--skip_bad_chats", False, "leave out lines that are no chats, and count them (default: refuse)")
     flag("--unmask_user", False, "supervise every token of a training chat, not only the answers")
-    flag = flag_group(parser, f"model; a published folder in --init_from has its own sizes, and defaults {FINE_TUNING}")
+    flag = flag_group(parser, f"model; with a published folder its sizes and {FINE_TUNING}")
     flag("--hidden_size", 128, "width of the network", 2)
     flag("--num_layers", 4, "blocks of the network", 1)
     flag("--num_heads", 8, "attention heads; twice their number divides hidden_size", 1)

@@ -356,7 +356,7 @@ def small(script):
         "trm_deep": (  # several supervision steps: the carry must not leak either
             trm,
             torch.randn(2, 9, 16),
-            lambda model, x: trm_deep.answer(model, {"input_embeddings": x})["intermediate_logits"],
+            lambda model, x: trm_deep.answer(model, {"input_embeddings": x}, True)["intermediate_logits"],
         ),
         "jepa_lm": (jepa_model, torch.randint(250, (2, 9)), lambda model, x: [model(x)]),
     }[script]

@@ -597,8 +597,8 @@ def compute_loss(model, batch, carry, args):
     return batch["share"] * (loss + 0.5 * halt_loss), metrics, carry
 
 
-def answer(model, batch):
-    """Outputs after all halt_max_steps supervision steps, with the logits of every cycle of the last one.
+def answer(model, batch, every_cycle=False):
+    """Outputs after all halt_max_steps supervision steps; every_cycle: with the answers of all cycles of the last one.
 
     Also halted_logits [B, T, D_out] and halted_steps int [B]: those of each row's first step with q > 0.
     """
@@ -606,7 +606,7 @@ def answer(model, batch):
     running = torch.ones_like(carry["halted"])
     halted_logits = halted_steps = 0
     for _ in range(model.config.halt_max_steps):
-        carry, outputs = model(carry, batch, True)
+        carry, outputs = model(carry, batch, every_cycle)
         # A row that has halted keeps its answer; the batch continues as a whole.
         halted_logits = torch.where(running[:, None, None], outputs["logits"], halted_logits)
         halted_steps += running
@@ -620,7 +620,7 @@ def evaluate(model, data, args):
     sums = {}
     for batch in eval_batches(data["val"], args, data["collate"], args.eval_samples):
         with autocast(args):
-            outputs = answer(model, batch)
+            outputs = answer(model, batch, every_cycle=True)
         inputs = batch["input_embeddings"]
         labels = batch["labels"]
         answers = outputs["intermediate_logits"]
