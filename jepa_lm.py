@@ -209,6 +209,7 @@ SUPPORTED = {
     "rope_type": ("default", "llama3"),
     "partial_rotary_factor": (1,),
     "mlp_bias": (False,),
+    "quantization_config": (None,),
 }
 
 
@@ -345,7 +346,9 @@ class Bytes:
         return "".join(turns) + self.roles["assistant"] * add_generation_prompt
 
     def tokens(self, text):
-        return [token for character in text for token in self.ids.get(character) or character.encode()]
+        """The tokens of text, and where in it each of them begins."""
+        found = [(token, at) for at, c in enumerate(text) for token in self.ids.get(c) or c.encode()]
+        return zip(*found)
 
     def decode(self, ids, special=False):
         """The text of ids. Invalid UTF-8 and, if asked for, special tokens are shown as U+FFFD."""
@@ -382,7 +385,8 @@ class Tokenizer:
         self.render = environment.from_string(template).render
 
     def tokens(self, text):
-        return self.inner.encode(text, add_special_tokens=False).ids
+        found = self.inner.encode(text, add_special_tokens=False)
+        return found.ids, [start for start, _ in found.offsets]
 
     def decode(self, ids, special=False):
         return self.inner.decode(list(ids), skip_special_tokens=not special)
@@ -419,8 +423,9 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
 
     messages: list of {"role": ..., "content": ...}; "weight": 0 or "train": false masks an answer. The text and the end
     of every other answer are supervised; with unmask_user, every token but the first and masked answers. What follows
-    the last answer to learn is left out. Each step is tokenized alone. Raises ValueError for anything else, and for a
-    template that hides where an answer begins or ends.
+    the last answer to learn is left out. The whole text is tokenized at once, as everybody does; a token across a
+    boundary belongs to what it begins in. Raises ValueError for anything else, and for a template that hides where an
+    answer begins or ends.
     """
     check_chat(messages)
     # A prompt could not ask for an empty system turn.
@@ -429,32 +434,27 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
         messages.pop()
     if not messages or not messages[-1]["content"].strip():
         raise ValueError("no answer to learn, or the last one is empty")
-    text, tokens, targets, done = tokenizer.render(messages=messages), [], [], 0
-
-    def add(piece, supervised):
-        first, ids = len(tokens), tokenizer.tokens(piece)
-        tokens.extend(ids)
-        targets.extend(ids if supervised else [IGNORE] * len(ids))
-        return first, len(tokens)
-
+    text = tokenizer.render(messages=messages)
+    tokens, starts = map(np.array, tokenizer.tokens(text))
+    supervised = np.full(len(tokens), unmask_user)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = tokenizer.render(messages=messages[:i], add_generation_prompt=True)
             # Some templates strip the content, some put a space or an empty thought before it.
-            begin, content, learn = len(prompt), message["content"].strip(), learns(message)
+            begin, content = len(prompt), message["content"].strip()
             at = text.find(content, begin)
             end = tokenizer.special.search(text, at + len(content))
             if not text.startswith(prompt) or at < 0 or not end or tokenizer.special.search(text[begin:at]):
-                raise ValueError(f"the chat template changes message {i + 1} or hides its end")
+                raise ValueError(f"the chat template rewrites message {i + 1}, or hides its end")
             line = text.rfind("\n", begin, at) + 1 or begin
-            _, answer = add(text[done:begin], unmask_user)
-            add(text[begin:line], learn)
-            spans = [add(piece, learn) for piece in GAP.split(text[line : end.start()])]
-            steps = [(first, last) for first, last in spans[::2] if first < last]
-            add(end[0], learn)
-            done = end.end()
-    add(text[done:], False)
-    return Sample(np.array(tokens, np.int32), np.array([*targets[1:], IGNORE], np.int32), steps, answer)
+            pieces = GAP.split(text[line : end.start()])  # steps and gaps in turn
+            cuts = np.searchsorted(starts, line + np.cumsum([0, *map(len, pieces)]))
+            steps = [(first, last) for first, last in zip(cuts[::2].tolist(), cuts[1::2].tolist()) if first < last]
+            answer, after = np.searchsorted(starts, [begin, end.end()]).tolist()
+            supervised[answer:after] = learns(message)
+    supervised[after:] = False
+    labels = np.where(supervised, tokens, IGNORE)[1:]
+    return Sample(np.int32(tokens), np.int32([*labels, IGNORE]), steps, answer)
 
 
 def learns(message):
@@ -479,6 +479,8 @@ def check_chat(messages):
         refuse_unknown(f"message {number}", message, "role", "content", "weight", "train")
         if not isinstance(content := message.get("content"), str):
             raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")
+        if not {message.get("weight"), message.get("train")} <= {None, 0, 1}:
+            raise ValueError(f"message {number} has a weight that is not 0 or 1")
         content.encode()  # raises for half a character: some halves are the byte vocabulary's special tokens
     roles = ", ".join(repr(message.get("role")) for message in messages)
     if not re.fullmatch("('system', )?('user', 'assistant'(, )?)+", roles):
@@ -494,7 +496,7 @@ def read_chats(path, args, tokenizer):
                 if line.strip():
                     row = json.loads(line.decode("utf-8-sig"))
                     refuse_unknown("the row", row, "messages")
-                    chats.append(encode(row.get("messages", []), args.unmask_user, tokenizer))
+                    chats.append(encode(row.get("messages") or [], args.unmask_user, tokenizer))
             except Exception as error:  # of json, of the tokenizer or our own
                 reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
                 if not args.skip_bad_chats:
@@ -523,6 +525,8 @@ def load_chats(args, tokenizer):
     """Samples to train on and to validate with. Raises DataError."""
     path, eval_path, train = args.train_file, args.eval_file, []
     if not (path or eval_path):
+        if tokenizer is not BYTES:
+            raise DataError("a published model learns from chats, expected --train_file")
         return synthetic_dataset(args.seed, args.unmask_user)
     if path and args.eval_only and eval_path and not Path(path).exists():
         say(f"warning: {path} is gone, so nothing tells which validation chats were trained on")
@@ -793,14 +797,16 @@ def respond(model, args, tokenizer):
     if not args.answers:
         with expecting("text in UTF-8", "--prompt or --system"):
             return answer([{"role": "system", "content": args.system or ""}, {"role": "user", "content": args.prompt}])
-    with open(args.prompt, "rb") as chats, open(args.answers, "w", encoding="utf-8") as out:
+    with open(args.prompt, "rb") as chats, open(args.answers, "x", encoding="utf-8") as out:
         for number, line in enumerate(chats, start=1):
-            with expecting(CHAT, f"{args.prompt}:{number}"):
-                chat = json.loads(line)["messages"]
+            with expecting("a chat", f"{args.prompt}:{number}"):
+                row = json.loads(line)
+                refuse_unknown("the row", row, "messages")
+                chat = row["messages"]
                 if chat[-1]["role"] == "assistant":
                     chat.pop()
                 chat.append({"role": "assistant", "content": answer(chat)})
-                out.write(json.dumps({"messages": chat}) + "\n")
+                out.write(json.dumps(row) + "\n")
     return f"wrote {args.answers}"
 
 
@@ -872,8 +878,8 @@ def check(args, given, error):
         error("--eval_file needs --train_file")
     if (args.system or args.answers) and (args.system and args.answers or not args.prompt):
         error("--system needs --prompt QUESTION, --answers needs --prompt FILE")
-    if (args.prompt or args.export) and (given.eval_file or not args.eval_only):
-        error("--prompt and --export need --eval_only and the --out_dir of a run, and no --eval_file")
+    if (args.prompt or args.export) and (given.eval_file or not args.eval_only or args.prompt and args.export):
+        error("--prompt and --export need --eval_only and the --out_dir of a run, not both, and no --eval_file")
     for name in DATA_FLAGS:
         if sum(word.split("=")[0] == f"--{name}" for word in sys.argv) > 1:  # the last alone would count
             error(f"--{name} is given twice, expected one file")
@@ -884,7 +890,7 @@ def check(args, given, error):
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
 #   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder), what the
-#     folder of a published model says of Config, a dict; FINE_TUNING: defaults of flags with such a folder
+#     folder of a published model says of Config, a dict; FINE_TUNING: defaults of flags with its "files"
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
 #   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), see there
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
@@ -1103,7 +1109,7 @@ def parse_args(argv):
             parser.set_defaults(**DEMO)
         if origin:
             start = load_weights(origin)
-            if Path(origin).is_dir():
+            if start["config"].get("files"):
                 parser.set_defaults(**FINE_TUNING)
     stored = {name: value for name, value in start.get("args", start["config"]).items() if name in vars(args)}
     parser.set_defaults(**stored)

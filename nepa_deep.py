@@ -698,7 +698,7 @@ def check(args, given, error):
 # ==== shared: identical in nepa_deep.py, trm_deep.py, jepa_lm.py =====================================================
 # Trains whatever stands above. All it uses of it:
 #   Config; Model(config); to_our_names(weights, model), which renames published weights; read_folder(folder), what the
-#     folder of a published model says of Config, a dict; FINE_TUNING: defaults of flags with such a folder
+#     folder of a published model says of Config, a dict; FINE_TUNING: defaults of flags with its "files"
 #   DATA_FLAGS: the flags that name data; without the first of them the demonstration runs, with the defaults in DEMO
 #   EVAL_FLAGS: what --eval_only may change; add_method_args(parser); check(args, given, error), see there
 #   make_data(args, config) -> dict of train and val (datasets as in data.py), collate and config; or of config and
@@ -917,7 +917,7 @@ def parse_args(argv):
             parser.set_defaults(**DEMO)
         if origin:
             start = load_weights(origin)
-            if Path(origin).is_dir():
+            if start["config"].get("files"):
                 parser.set_defaults(**FINE_TUNING)
     stored = {name: value for name, value in start.get("args", start["config"]).items() if name in vars(args)}
     parser.set_defaults(**stored)
