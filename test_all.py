@@ -1992,7 +1992,9 @@ def test_a_chat_is_what_its_template_renders_and_a_step_has_the_same_tokens_alon
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
     words = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "strftime_now": datetime.datetime.now().strftime}
     sample = jepa_lm.encode(chat_of_two, tokenizer=tokenizer)
-    assert tokenizer.decode(sample.tokens, True) == plain.render(messages=chat_of_two, **words)
+    text = plain.render(messages=chat_of_two, **words)
+    assert sample.tokens.tolist() == tokenizer.inner.encode(text, add_special_tokens=False).ids  # as everybody does
+    assert tokenizer.decode(sample.tokens, True) == text
     prompt = plain.render(messages=chat_of_two[:3], add_generation_prompt=True, **words)
     assert tokenizer.decode(sample.tokens[: sample.answer], True) == prompt
     steps = [" the step" if template == SPACE else "the step", "two", "three"]
@@ -2008,6 +2010,7 @@ def test_a_published_model_is_fine_tuned_asked_and_exported_without_its_folder(t
     flags = f"--init_from {folder} {files_of(tmp_path, RAGGED)} --device cpu --batch_size 4 --max_train_steps 3"
     args, start = jepa_lm.parse_args(shlex.split(flags))
     assert args.lr == jepa_lm.FINE_TUNING["lr"]
+    assert "expected --train_file" in stopped("jepa_lm", out, f"--init_from {folder}", tiny=False)[1]
     data, model = jepa_lm.make_data(args, start["config"]), jepa_lm.from_pretrained(folder)
     chats = []
     for tokens, labels, steps, _ in data["train"]:
@@ -2083,6 +2086,7 @@ NO_CHATS = {  # a line -> a part of the error message
     row(ONE[0], {"role": "assistant", "content": [1]}): "message 2 has content of type list, expected text",
     row(*chat(" \n\n")): "the last one is empty",
     row(ONE[0], ONE[1] | {"weight": 0}): "no answer to learn",
+    row(*ONE, ONE[0], ONE[1] | {"weight": 0.5}): "message 4 has a weight that is not 0 or 1",
     row(*chat("a\ud800")): "surrogates not allowed",
     "[" * 100000: "recursion",
     "\xff": "not UTF-8 text",
