@@ -3,7 +3,7 @@
 A small decoder over bytes, or a published model (Llama, Mistral, Qwen, SmolLM), learns chats. Besides the usual loss on
 the assistant's tokens, a few predictor tokens after a step of the answer learn to predict the embedding of the next
 step, encoded alone (LLM-JEPA, arXiv 2509.14252). One packed row holds the chat, the predictor tokens and the steps to
-encode alone, so a single forward pass computes both losses at 1.2 to 1.3 times the plain cost. Without pairs (--regular
+encode alone, so a single forward pass computes both losses at about 1.5 times the plain cost. Without pairs (--regular
 or --lbd 0: the same run, bit for bit) it is the plain pass.
 
   python jepa_lm.py                                                            # laptop, 1 to 2 minutes
