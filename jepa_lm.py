@@ -72,9 +72,8 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # the numbers of Llama 3's
-    qkv_bias: bool = False
-    o_bias: bool = False
-    head_norm: bool = True  # RMSNorm of each query and key
+    model_type: str = "qwen3"  # has RMSNorm of each query and key; qwen2 has a bias on q, k and v
+    attention_bias: bool = False  # on q, k, v and o
     tie_word_embeddings: bool = True  # the head is the embedding table
     sliding_window: int = 0  # attention would reach no further; 0: no limit
     files: dict | None = None  # of that folder: name -> text
@@ -115,7 +114,7 @@ def attend(q, k, v, mask=None):
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     n = q.shape[2] - mask.shape[2]
-    causal = attend(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+    causal = attend(*(x[:, :, :n] for x in (q, k, v)))
     return torch.cat([causal, F.scaled_dot_product_attention(q[:, :, n:], k, v, mask)], dim=2)
 
 
@@ -133,24 +132,27 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, d, inner, eps = config.hidden_size, config.head_dim, config.intermediate_size, config.rms_norm_eps
-        heads, keys, bias = config.num_heads * d, config.num_key_value_heads * d, config.qkv_bias
+        heads, keys = config.num_heads * d, config.num_key_value_heads * d
+        bias = config.attention_bias or config.model_type == "qwen2"
         self.input_layernorm = nn.RMSNorm(D, eps)
         self.self_attn = linears(
-            q_proj=(D, heads, bias), k_proj=(D, keys, bias), v_proj=(D, keys, bias), o_proj=(heads, D, config.o_bias)
+            q_proj=(D, heads, bias),
+            k_proj=(D, keys, bias),
+            v_proj=(D, keys, bias),
+            o_proj=(heads, D, config.attention_bias),
         )
         for name in ("q_norm", "k_norm"):
-            self.self_attn[name] = nn.RMSNorm(d, eps) if config.head_norm else nn.Identity()
+            self.self_attn[name] = nn.RMSNorm(d, eps) if config.model_type == "qwen3" else nn.Identity()
         self.post_attention_layernorm = nn.RMSNorm(D, eps)
         self.mlp = linears(gate_proj=(D, inner, False), up_proj=(D, inner, False), down_proj=(inner, D, False))
 
     def forward(self, h, cos, sin, mask=None):
         attn, mlp, x = self.self_attn, self.mlp, self.input_layernorm(h)
         d = 2 * cos.shape[-1]
-        q, k, v = (project(x).unflatten(-1, (-1, d)) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (attn[name](x).unflatten(-1, (-1, d)) for name in ("q_proj", "k_proj", "v_proj"))
         q, k = rotate(attn.q_norm(q.float()), cos, sin), rotate(attn.k_norm(k.float()), cos, sin)  # [B, T, heads, d]
-        group = q.shape[2] // k.shape[2]  # queries that share a key
-        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
-        h = h + attn.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))  # queries may share a key
+        h = h + attn.o_proj(attend(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2).flatten(2))
         x = self.post_attention_layernorm(h)
         return h + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
@@ -166,10 +168,10 @@ class Model(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.predictors = nn.Parameter(torch.empty(config.predictors, config.hidden_size), config.predictors > 0)
+        nn.init.normal_(self.embed_tokens.weight, std=0.05)
         # The predictors come last: the language model is the same for any number of them.
-        for table in (self.embed_tokens.weight, self.predictors):
-            nn.init.normal_(table, std=0.05)
+        predictors = 0.05 * torch.randn(config.predictors, config.hidden_size)
+        self.predictors = nn.Parameter(predictors, config.predictors > 0)
 
     def forward(self, tokens, positions=None, mask=None):
         """Final states, after the last norm: [B, T, D].
@@ -187,7 +189,7 @@ class Model(nn.Module):
             h = torch.where(tokens[..., None] < words, h, predictor)
         for block in self.layers:
             # Backward starts with the last block: recomputing it would save no memory.
-            if self.grad_checkpoint and torch.is_grad_enabled() and block is not self.layers[-1]:
+            if self.grad_checkpoint and block is not self.layers[-1]:
                 h = checkpoint(block, h, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, cos, sin, mask)
@@ -222,16 +224,12 @@ def read_folder(folder):
     for name, known in SUPPORTED.items():
         if (value := config.get(name, known[0])) not in known:
             raise DataError(f"{folder}/config.json: {name} is {value!r}, expected one of {known}")
-    kind, bias = config["model_type"], config.get("attention_bias", False)
-    if kind != "mistral" and not config.get("use_sliding_window"):
+    if config["model_type"] != "mistral" and not config.get("use_sliding_window"):
         config["sliding_window"] = 0
     config |= {
         "num_layers": config["num_hidden_layers"],
         "num_heads": config["num_attention_heads"],
         "rope_scaling": rope if config["rope_type"] == "llama3" else None,
-        "qkv_bias": bias or kind == "qwen2",
-        "o_bias": bias and kind != "qwen2",
-        "head_norm": kind == "qwen3",
         # A chat template may ask for the date: chats of a resumed run must not change.
         "files": files | {"date": f"{datetime.date.today()}"},
     }
@@ -285,7 +283,7 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
     vectors. Raises ValueError for an unknown kind.
     """
     p, t = predicted.float(), target.float()
-    p_unit, t_unit = F.normalize(p, dim=-1, eps=1e-3), F.normalize(t, dim=-1, eps=1e-3)  # [P, D]; gradient <= 1 / eps
+    p_unit, t_unit = F.normalize(torch.stack([p, t]), dim=-1, eps=1e-3)  # [P, D]; gradient <= 1 / eps
     if kind == "cosine":
         distance = 1 - (p_unit * t_unit).sum(-1)
     elif kind == "mse":
@@ -296,7 +294,7 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
         logits = p_unit @ t_unit.T / 0.07  # [P, P]
         if text is not None:
             logits = logits.masked_fill((text[:, None] == text).fill_diagonal_(False), -math.inf)
-        distance = F.cross_entropy(logits, torch.arange(len(p), device=p.device), reduction="none")
+        distance = -logits.log_softmax(-1).diagonal()
     else:
         raise ValueError(f"unknown loss {kind!r}, expected cosine, mse, l2 or infonce")
     return distance.sum() / max(len(p), 1)
