@@ -266,8 +266,9 @@ def export(model, args, tokenizer):
     del weights["model.predictors"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads(files["config.json"]) | {"torch_dtype": "float32", "dtype": "float32"}
+    files["config.json"] = json.dumps(config)
     for name in files.keys() & FILES:
-        (folder / name).write_text(json.dumps(config) if name == "config.json" else files[name], "utf-8")
+        (folder / name).write_text(files[name], "utf-8")
     return f"wrote {folder}"
 
 
@@ -337,7 +338,7 @@ class Bytes:
     # Tokens 256 to 259 in a rendered chat: no valid text has such characters.
     roles = {"end": "\udbfc", "system": "\udbfd", "user": "\udbfe", "assistant": "\udbff"}
     ids = {character: [i] for i, character in enumerate(roles.values(), 256)}
-    special = re.compile("[\udbfc-\udbff]")
+    special = range(256, 260)
 
     def render(self, messages, add_generation_prompt=False):
         turns = [self.roles[message["role"]] + message["content"] + self.roles["end"] for message in messages]
@@ -366,15 +367,14 @@ class Tokenizer:
         self.inner = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         self.inner.no_truncation()
         self.inner.no_padding()
-        special = [token.content for token in self.inner.get_added_tokens_decoder().values() if token.special]
-        # The longest first; without any, a pattern that never matches.
-        self.special = re.compile("|".join(map(re.escape, sorted(special, reverse=True))) or "(?!)")
+        self.special = [i for i, token in self.inner.get_added_tokens_decoder().items() if token.special]
         settings = json.loads(files["tokenizer_config.json"])
         template = files.get("chat_template.jinja") or settings["chat_template"]
         if isinstance(template, list):
             template = {each["name"]: each["template"] for each in template}["default"]
-        extensions = ["jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         strftime = datetime.date.fromisoformat(files["date"]).strftime
         environment.globals |= {"raise_exception": refuse, "strftime_now": strftime, "tools": None}
         for name in ("bos_token", "eos_token"):
@@ -412,8 +412,8 @@ class Sample(NamedTuple):
         return len(self.tokens)
 
 
-# Between two steps: blank lines. And the white space after an answer.
-GAP = re.compile(r"(\s*\n[^\S\n]*\n(?:[^\S\n]*\n)*|\s+\Z)")
+# From the beginning of a line to the last visible character before a blank line or the end.
+STEP = re.compile(r"[^\S\n]*\S(?:[^\S\n]*(?:\n[^\S\n]*)?\S)*")
 
 
 def encode(messages, unmask_user=False, tokenizer=BYTES):
@@ -434,6 +434,7 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
         raise ValueError("no answer to learn, or the last one is empty")
     text = tokenizer.render(messages=messages)
     tokens, starts = map(np.array, tokenizer.tokens(text))
+    special = np.isin(tokens, tokenizer.special)
     supervised = np.full(len(tokens), unmask_user)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -441,23 +442,22 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
             # Some templates strip the content, some put a space or an empty thought before it.
             begin, content = len(prompt), message["content"].strip()
             at = text.find(content, begin)
-            end = tokenizer.special.search(text, at + len(content))
-            if not text.startswith(prompt) or at < 0 or not end or tokenizer.special.search(text[begin:at]):
+            answer, first, last = np.searchsorted(starts, [begin, at, at + len(content)]).tolist()
+            if not text.startswith(prompt) or at < 0 or special[answer:first].any() or not special[last:].any():
                 raise ValueError(f"the chat template rewrites message {i + 1}, or hides its end")
-            line = text.rfind("\n", begin, at) + 1 or begin
-            pieces = GAP.split(text[line : end.start()])  # steps and gaps in turn
-            cuts = np.searchsorted(starts, line + np.cumsum([0, *map(len, pieces)]))
-            steps = [(first, last) for first, last in zip(cuts[::2].tolist(), cuts[1::2].tolist()) if first < last]
-            answer, after = np.searchsorted(starts, [begin, end.end()]).tolist()
+            after = last + special[last:].argmax() + 1
             supervised[answer:after] = learns(message)
     supervised[after:] = False
     labels = np.where(supervised, tokens, IGNORE)[1:]
+    line = text.rfind("\n", begin, at) + 1 or begin
+    spans = [step.span() for step in STEP.finditer(text, line, at + len(content))]
+    steps = [(first, last) for first, last in np.searchsorted(starts, spans).tolist() if first < last]
     return Sample(np.int32(tokens), np.int32([*labels, IGNORE]), steps, answer)
 
 
 def learns(message):
     """Whether this is an answer to learn."""
-    return message["role"] == "assistant" and {message.get("weight"), message.get("train")} <= {None, 1}
+    return message["role"] == "assistant" and 0 not in (message.get("weight"), message.get("train"))
 
 
 HARMLESS = {"id", "name", "source", "dataset", "category", "language", "model", "prompt_id", "metadata", "timestamp"}
@@ -473,7 +473,7 @@ def refuse_unknown(what, fields, *known):
 
 def check_chat(messages):
     """Raises ValueError unless these are messages of text, [system,] then user and assistant in turn."""
-    for number, message in enumerate(messages, start=1):
+    for number, message in enumerate(messages, 1):
         refuse_unknown(f"message {number}", message, "role", "content", "weight", "train")
         if not isinstance(content := message.get("content"), str):
             raise ValueError(f"message {number} has content of type {type(content).__name__}, expected text")
@@ -489,10 +489,10 @@ def read_chats(path, args, tokenizer):
     """Samples of a file with {"messages": [...]} on every line. Raises DataError that names the line."""
     chats, bad = [], collections.Counter()
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(file, 1):
             try:
                 if line.strip():
-                    row = json.loads(line.decode("utf-8-sig"))
+                    row = json.loads(line)
                     refuse_unknown("the row", row, "messages")
                     chats.append(encode(row.get("messages") or [], args.unmask_user, tokenizer))
             except Exception as error:  # of json, of the tokenizer or our own
@@ -533,9 +533,9 @@ def load_chats(args, tokenizer):
     if eval_path:
         val = read_chats(eval_path, args, tokenizer)
     else:  # a random tenth, always the same: files are often sorted
-        shuffled = [train[i] for i in np.random.default_rng(0).permutation(len(train))]
+        np.random.default_rng(0).shuffle(train)
         cut = len(train) // 10 or 1
-        train, val = shuffled[cut:], shuffled[:cut]
+        train, val = train[cut:], train[:cut]
     known = {sample.tokens.tobytes() for sample in train}
     fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
     if left_out := len(val) - len(fresh):
@@ -772,11 +772,11 @@ def evaluate(model, data, args):
 @torch.no_grad()
 def generate(model, tokens, max_length, end):
     """A Model's greedy continuation of tokens (ints [T]) up to end or max_length tokens, as a list of all of them."""
-    tokens = torch.as_tensor(tokens, device=model.predictors.device)[None]
-    while tokens.shape[1] < max_length and tokens[0, -1] != end:  # without a cache: answers are short
-        following = model.head(model(tokens)[:, -1]).argmax(-1, keepdim=True)  # [1, 1]
-        tokens = torch.cat([tokens, following], dim=1)
-    return tokens[0].tolist()
+    tokens = list(tokens)
+    while len(tokens) < max_length and tokens[-1] != end:  # without a cache: answers are short
+        states = model(torch.tensor([tokens], device=model.predictors.device))
+        tokens.append(model.head(states[:, -1]).argmax().item())
+    return tokens
 
 
 def respond(model, args, tokenizer):
@@ -795,8 +795,8 @@ def respond(model, args, tokenizer):
     if not args.answers:
         with expecting("text in UTF-8", "--prompt or --system"):
             return answer([{"role": "system", "content": args.system or ""}, {"role": "user", "content": args.prompt}])
-    with open(args.prompt, "rb") as chats, open(args.answers, "x", encoding="utf-8") as out:
-        for number, line in enumerate(chats, start=1):
+    with open(args.prompt, "rb") as chats, open(args.answers, "x") as out:
+        for number, line in enumerate(chats, 1):
             with expecting("a chat", f"{args.prompt}:{number}"):
                 row = json.loads(line)
                 refuse_unknown("the row", row, "messages")
@@ -834,8 +834,10 @@ def report(metrics):
 
 DATA_FLAGS = ("train_file", "eval_file")
 EVAL_FLAGS = ("prompt", "answers", "system", "export", "max_length", "skip_bad_chats")
-DEMO = {"num_layers": 2, "sigreg": 0.02, "batch_size": 16, "lr": 3e-3, "max_train_steps": 600}
-DEMO |= {"eval_interval": 100, "eval_samples": 512, "log_interval": 50}
+DEMO = {
+    "num_layers": 2, "sigreg": 0.02, "batch_size": 16, "lr": 3e-3, "max_train_steps": 600,
+    "eval_interval": 100, "eval_samples": 512, "log_interval": 50,
+}  # fmt: skip
 FINE_TUNING = {"lr": 3e-4, "warmup_steps": 20, "weight_decay": 0.0}
 
 
