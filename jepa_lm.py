@@ -336,8 +336,8 @@ class Bytes:
 
     # Tokens 256 to 259 in a rendered chat: no valid text has such characters.
     roles = {"end": "\udbfc", "system": "\udbfd", "user": "\udbfe", "assistant": "\udbff"}
-    special = range(256, 260)
-    ids = dict(zip(roles.values(), zip(special)))  # character -> (token,)
+    ids = {character: [i] for i, character in enumerate(roles.values(), 256)}
+    special = re.compile("[\udbfc-\udbff]")
 
     def render(self, messages, add_generation_prompt=False):
         turns = [self.roles[message["role"]] + message["content"] + self.roles["end"] for message in messages]
@@ -366,7 +366,9 @@ class Tokenizer:
         self.inner = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         self.inner.no_truncation()
         self.inner.no_padding()
-        self.special = {i for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
+        special = [token.content for token in self.inner.get_added_tokens_decoder().values() if token.special]
+        # The longest first; without any, a pattern that never matches.
+        self.special = re.compile("|".join(map(re.escape, sorted(special, reverse=True))) or "(?!)")
         settings = json.loads(files["tokenizer_config.json"])
         template = files.get("chat_template.jinja") or settings["chat_template"]
         if isinstance(template, list):
@@ -433,7 +435,6 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
         raise ValueError("no answer to learn, or the last one is empty")
     text = tokenizer.render(messages=messages)
     tokens, starts = tokenizer.tokens(text)
-    special = np.array([token in tokenizer.special for token in tokens])
     supervised = np.full(len(tokens), unmask_user)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -441,15 +442,15 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
             # Some templates strip the content, some put a space or an empty thought before it.
             begin, content = len(prompt), message["content"].strip()
             at = text.find(content, begin)
-            answer, first, last = np.searchsorted(starts, [begin, at, at + len(content)]).tolist()
-            if not text.startswith(prompt) or at < 0 or special[answer:first].any() or not special[last:].any():
+            end = tokenizer.special.search(text, at + len(content))
+            if not text.startswith(prompt) or at < 0 or not end or tokenizer.special.search(text[begin:at]):
                 raise ValueError(f"the chat template rewrites message {i + 1}, or hides its end")
-            after = last + special[last:].argmax() + 1
+            answer, after = np.searchsorted(starts, [begin, end.end()]).tolist()
             supervised[answer:after] = learns(message)
     supervised[after:] = False
     labels = np.where(supervised, tokens, IGNORE)[1:]
     line = text.rfind("\n", begin, at) + 1 or begin
-    spans = [step.span() for step in STEP.finditer(text, line, at + len(content))]
+    spans = [step.span() for step in STEP.finditer(text, line, end.start())]
     steps = [(first, last) for first, last in np.searchsorted(starts, spans).tolist() if first < last]
     return Sample(np.int32(tokens), np.int32([*labels, IGNORE]), steps, answer)
 
