@@ -8,7 +8,7 @@ measured by a linear probe and kNN on the frozen features.
 
   python nepa_deep.py                                                                   # laptop, 1 to 2 minutes
   python nepa_deep.py --use_intermediate_loss
-  python nepa_deep.py --data_dir cifar10                                                # CIFAR-10, 10 minutes
+  python nepa_deep.py --data_dir DIR                                                    # your images.npy
   torchrun --nproc_per_node 8 nepa_deep.py --data_dir DIR --use_intermediate_loss       # many GPUs
 
 Without --data_dir it trains on a synthetic dataset of textures. The first command's last lines, seed 0:

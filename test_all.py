@@ -54,6 +54,7 @@ import trm_deep
 from data import Concat, DataError, Subset, expecting, fixed_batches, pick, prefetch, training_batches
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
 SCRIPTS = {"nepa_deep": nepa_deep, "trm_deep": trm_deep, "jepa_lm": jepa_lm}
 # The smallest run of each script that still goes through everything.
 TINY = {
@@ -2155,7 +2156,7 @@ def test_a_second_training_file_is_not_ignored(tmp_path):
 
 def readme_prompt():
     """The question that the README asks a trained run, and the steps of the answer that it shows."""
-    text = " ".join((HERE / "README.md").read_text().split())
+    text = " ".join(README.split())
     return re.search(r'--prompt "(Ann.*?)"` with `(.*?)`, `(.*?)`, `(.*?)`', text).groups()
 
 
@@ -3058,10 +3059,9 @@ def test_without_its_data_py_a_script_says_so(script, found, monkeypatch):
         exec((HERE / f"{script}.py").read_text(), {"__name__": script})
 
 
-def readme_tables(script, heading):
-    """The README's tables that begin so: of all scripts, and of this one."""
-    sections = re.findall(rf"^## (?:Scaling|{script}).*?(?=^## )", (HERE / "README.md").read_text(), re.M | re.S)
-    return "".join(re.findall(rf"^\| {heading} .*?\n\n", "".join(sections), re.M | re.S))
+def readme_metrics(script):
+    """The README's tables of metrics: of all scripts, and of this one."""
+    return re.findall(rf"^##+ (?:Flags|{script}).*?(?=^##)", README, re.M | re.S)
 
 
 @each_script
@@ -3069,7 +3069,7 @@ def test_help_fits_two_screens_and_lists_the_flags_of_the_readme(script):
     text = shell(f"python {script}.py --help").stdout
     flags = text.partition("\ntraining:")[2].rpartition("\nWithout --")[0]
     assert text.count("\n") <= 100 and max(map(len, flags.splitlines())) <= 120
-    listed = re.findall(r"--\w+", readme_tables(script, "group"))
+    listed = re.findall(r"--\w+", "".join(re.findall(rf"^(?:all scripts|{script}.py)\n((?:  .*\n)*)", README, re.M)))
     assert sorted(listed) == sorted(re.findall(r"^  (--\w+)", flags, re.M))  # none twice
     assert set(listed) == set(re.findall(r'flag\(\s*"(--\w+)', (HERE / f"{script}.py").read_text()))
     assert "--learning_rate" in flags and "(default: 0.0)" in flags and "demonstration" in text
@@ -3078,18 +3078,22 @@ def test_help_fits_two_screens_and_lists_the_flags_of_the_readme(script):
 @each_script
 def test_every_metric_is_explained_in_the_readme(script, tmp_path):
     more = {"trm_deep": "--L_cycle_supervision 0.5 --eval_halt", "jepa_lm": "--sigreg 0.02"}.get(script, "")
-    explained = set(re.findall(r"`(\w+)`", readme_tables(script, "name")))
+    explained = set(re.findall(r"`(\w+)`", "".join(readme_metrics(script))))
     for name in set().union(*run(script, tmp_path, f"{more} --max_train_steps 3")):
         bare = re.sub(r"_\d+", "_0" if script == "trm_deep" else "_1", re.sub(r"^(best|first)_", "", name))
         baseline = re.sub(r"^(raw|zero|copy|ridge)_", "", bare)
         assert explained & {bare, baseline}, name
 
 
+def test_the_loss_in_the_readme_is_that_of_the_script():
+    shown = re.search(r"^def .*?\n(?=\n)", README, re.M | re.S)[0]
+    assert re.sub('    """.*?"""\n', "", (HERE / "trm_deep.py").read_text(), flags=re.S).count(shown) == 1
+
+
 def test_links_of_the_readme_lead_somewhere():
-    text = (HERE / "README.md").read_text()
-    titles = re.findall(r"^#+ (.*)", text, re.M)
+    titles = re.findall(r"^#+ (.*)", README, re.M)
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-    for title, target in re.findall(r"\[([^]]*)\]\(([^)]*)\)", text):
+    for title, target in re.findall(r"\[([^]]*)\]\(([^)]*)\)", README):
         if target.startswith("https://arxiv.org/abs/"):
             assert title == f"arXiv {target[22:]}"
         else:
