@@ -450,7 +450,7 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
     supervised[after:] = False
     labels = np.where(supervised, tokens, IGNORE)[1:]
     line = text.rfind("\n", begin, at) + 1 or begin
-    spans = [step.span() for step in STEP.finditer(text, line, end.start())]
+    spans = [step.span() for step in STEP.finditer(text, line, at + len(content))]
     steps = [(first, last) for first, last in np.searchsorted(starts, spans).tolist() if first < last]
     return Sample(np.int32(tokens), np.int32([*labels, IGNORE]), steps, answer)
 
@@ -490,7 +490,7 @@ def read_chats(path, args, tokenizer):
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(str(line, "utf-8-sig"))
                     refuse_unknown("the row", row, "messages")
                     chats.append(encode(row.get("messages") or [], args.unmask_user, tokenizer))
             except Exception as error:  # of json, of the tokenizer or our own
@@ -538,8 +538,8 @@ def load_chats(args, tokenizer):
         say(f"left out {left_out} of {len(val)} validation chats that are in the training data too")
     train, val = short_chats(train, path, args), short_chats(fresh, eval_path or path, args)
     if not val or not (train or args.eval_only):
-        what = "no chat is left to train or evaluate on, expected more"
-        raise DataError(f"--train_file {path}, --eval_file {eval_path}: {what}")
+        left = f"{len(train)} chats are left to train on, {len(val)} to evaluate on"
+        raise DataError(f"--train_file {path}, --eval_file {eval_path}: {left}, expected more")
     return train, sorted(val, key=lambda sample: sample.length)  # evaluated in this order, with little padding
 
 
@@ -800,6 +800,8 @@ def respond(model, args, tokenizer):
             return answer([{"role": "system", "content": args.system or ""}, {"role": "user", "content": args.prompt}])
     with open(args.prompt, "rb") as chats, open(args.answers, "x") as out:
         for number, line in enumerate(chats, 1):
+            if not line.strip():
+                continue
             with expecting("a chat", f"{args.prompt}:{number}"):
                 row = json.loads(line)
                 refuse_unknown("the row", row, "messages")

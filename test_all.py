@@ -2108,8 +2108,8 @@ def test_a_line_that_is_no_chat_is_named_or_left_out(bad, tmp_path, capsys):
 
 LONGEST = len(tokens_of(RAGGED[3]))
 FILES = [  # flags, chats to train on and to validate with, what is said of them
-    ("", [], OTHERS, "error: --train_file .*/train, .* no chat is left to train or evaluate on"),
-    ("--max_length 16", RAGGED, OTHERS, "error: .*/val: no chat is left to train or evaluate on"),
+    ("", [], OTHERS, "error: --train_file .*/train, .* chats are left to train on, \\d to eval"),
+    ("--max_length 16", RAGGED, OTHERS, "error: .*/val: 0 chats are left to train on, [1-9]"),
     ("--max_length 40", RAGGED[:2], RAGGED, f"error: .*/val: 2 of 2 chats are longer .*40, expected .*{LONGEST}"),
     (
         f"--max_length {LONGEST - 1}",
@@ -2403,6 +2403,7 @@ def test_generation_is_greedy_matches_are_its_own_and_a_prompt_is_answered(tmp_p
     shown = answer(more)
     assert re.search(rf"^this model .*{exact:8.4f}{prefix:8.4f}$", shown, re.M) and "before" not in shown
     asked = write_chats(tmp_path / "asked", [test[2][:3], chat("?", user=question)])
+    asked.write_bytes(asked.read_bytes() + b"\n\n")
     answer(f"--prompt {asked} --answers {tmp_path}/answers")
     said = [json.loads(line)["messages"] for line in (tmp_path / "answers").read_text().splitlines()]
     assert said[0] == RAGGED[2] and said[1] == chat(said[1][1]["content"], user=question)
@@ -2752,7 +2753,7 @@ BAD_METHOD_FLAGS = {
         "--features x.npy": "--features needs --eval_only",
     },
     "jepa_lm": {
-        "--eval_file /dev/null": "error: --train_file None, --eval_file /dev/null: no chat is left to train",
+        "--eval_file /dev/null": "error: --train_file None, --eval_file /dev/null: 0 chats are left to train",
         "--prompt x": "--prompt and --export need --eval_only",
         "--system x": "--system needs --prompt QUESTION",
         "--train_file /none": "error: [Errno 2] No such file or directory: '/none'",
