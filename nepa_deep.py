@@ -6,7 +6,7 @@ Makes Strong Vision Learners", NEPA, arXiv 2512.16922). By default only the last
 --use_intermediate_loss adds one at every earlier layer. Whether that converges faster, and to better features, is
 measured by a linear probe and kNN on the frozen features.
 
-  python nepa_deep.py                                                                   # laptop, 1 to 2 minutes
+  python nepa_deep.py                                                                   # laptop, a minute
   python nepa_deep.py --use_intermediate_loss
   python nepa_deep.py --data_dir DIR                                                    # your images.npy
   torchrun --nproc_per_node 8 nepa_deep.py --data_dir DIR --use_intermediate_loss       # many GPUs
