@@ -65,7 +65,7 @@ class Config:
     num_heads: int = 8
     predictors: int = 2  # predictor tokens; their ids follow the vocabulary
     # What follows comes from a published model's folder; these are the byte model's.
-    vocab_size: int = 260
+    vocab_size: int = 256
     num_key_value_heads: int = 0  # 0: num_heads
     head_dim: int = 0  # 0: hidden_size / num_heads
     intermediate_size: int = 0  # 0: 8/3 hidden_size; with SwiGLU's three matrices the size of a plain network's 4
@@ -106,18 +106,6 @@ def rotate(x, cos, sin):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def attend(q, k, v, mask=None):
-    """Attention of q to k and v, each [B, heads, T, d]; mask: bool [B, 1, E, T] for the last E queries.
-
-    All other queries are causal: a kernel that knows this does half the work of a masked one.
-    """
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    n = q.shape[2] - mask.shape[2]
-    causal = attend(*(x[:, :, :n] for x in (q, k, v)))
-    return torch.cat([causal, F.scaled_dot_product_attention(q[:, :, n:], k, v, mask)], dim=2)
-
-
 def linears(**sizes):
     """nn.Linear layers by name; sizes: (inputs, outputs, bias)."""
     return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
@@ -126,7 +114,7 @@ def linears(**sizes):
 class Block(nn.Module):
     """The transformer block of Llama, Mistral and Qwen, in their names.
 
-    h = h + o(attend(rope(norm(q(n(h)))), rope(norm(k(n(h)))), v(n(h)))); h = h + down(silu(gate(n(h))) * up(n(h)))
+    h = h + o(attention(rope(norm(q(n(h)))), rope(norm(k(n(h)))), v(n(h)))); h = h + down(silu(gate(n(h))) * up(n(h)))
     """
 
     def __init__(self, config):
@@ -142,7 +130,7 @@ class Block(nn.Module):
             o_proj=(heads, D, config.attention_bias),
         )
         for name in ("q_norm", "k_norm"):
-            self.self_attn[name] = nn.RMSNorm(d, eps) if config.model_type == "qwen3" else nn.Identity()
+            self.self_attn[name] = (nn.RMSNorm if config.model_type == "qwen3" else nn.Identity)(d, eps)
         self.post_attention_layernorm = nn.RMSNorm(D, eps)
         self.mlp = linears(gate_proj=(D, inner, False), up_proj=(D, inner, False), down_proj=(inner, D, False))
 
@@ -152,7 +140,8 @@ class Block(nn.Module):
         q, k, v = (attn[name](x).unflatten(-1, (-1, d)) for name in ("q_proj", "k_proj", "v_proj"))
         q, k = rotate(attn.q_norm(q.float()), cos, sin), rotate(attn.k_norm(k.float()), cos, sin)  # [B, T, heads, d]
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))  # queries may share a key
-        h = h + attn.o_proj(attend(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2).flatten(2))
+        x = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, is_causal=mask is None)
+        h = h + attn.o_proj(x.transpose(1, 2).flatten(2))
         x = self.post_attention_layernorm(h)
         return h + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
@@ -163,33 +152,26 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.grad_checkpoint = config, False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # The predictors' embeddings are the table's last rows.
+        self.embed_tokens = nn.Embedding(config.vocab_size + config.predictors, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.embed_tokens.weight, std=0.05)
-        # The predictors come last: the language model is the same for any number of them.
-        predictors = 0.05 * torch.randn(config.predictors, config.hidden_size)
-        self.predictors = nn.Parameter(predictors, config.predictors > 0)
 
     def forward(self, tokens, positions=None, mask=None):
         """Final states, after the last norm: [B, T, D].
 
-        tokens: [B, T] of any integer dtype; predictor k has id vocab_size + k. positions: int64 [B, T]; None: 0, 1, ...
-        mask: bool [B, 1, E, T], True where one of the last E tokens may attend to a token; all others are causal.
+        tokens: [B, T] of any integer dtype; predictor k has id vocab_size + k, padding PAD. positions: int64 [B, T];
+        None: 0, 1, ... mask: bool [B, 1, T, T], True where a token may attend to another; None: causal.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         cos, sin = rotary(positions, self.config)
-        tokens, words = tokens.long(), self.config.vocab_size
-        h = self.embed_tokens(tokens.clamp(0, words - 1))
-        if len(self.predictors):  # looked up in every pass: DistributedDataParallel needs a gradient, even if zero
-            predictor = F.embedding((tokens - words).clamp(0), self.predictors)
-            h = torch.where(tokens[..., None] < words, h, predictor)
+        h = self.embed_tokens(tokens.long().clamp(0))  # padding, -1, has no row; nobody sees what it gets
         for block in self.layers:
-            # Backward starts with the last block: recomputing it would save no memory.
-            if self.grad_checkpoint and block is not self.layers[-1]:
+            if self.grad_checkpoint:
                 h = checkpoint(block, h, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, cos, sin, mask)
@@ -199,12 +181,12 @@ class Model(nn.Module):
         """Logits [..., vocab_size] of final states [..., D], in float32: bfloat16 has ties for the best."""
         table = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), table.weight.float())
+            return F.linear(h.float(), table.weight[: self.config.vocab_size].float())
 
 
 # ---- published models -----------------------------------------------------------------------------------------------
 
-FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+FILES = "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja"
 SUPPORTED = {
     "model_type": ("llama", "mistral", "qwen2", "qwen3"),
     "hidden_act": ("silu",),
@@ -217,7 +199,7 @@ SUPPORTED = {
 
 def read_folder(folder):
     """What the folder of a published model says of our Config, as a dict. Raises DataError for what we do not have."""
-    files = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name in FILES}
+    files = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name in FILES.split()}
     config = {"tie_word_embeddings": False} | json.loads(files["config.json"])
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     config |= {"rope_type": rope.get("type", "default")} | rope
@@ -237,11 +219,12 @@ def read_folder(folder):
 
 
 def to_our_names(weights, model):
-    """The names are ours. Predictors, which a published model lacks, are drawn with the spread of its embeddings."""
+    """The names are ours. Predictors, which a published model lacks, are appended to its table, with its spread."""
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    if "predictors" not in weights:
-        weights["predictors"] = weights["embed_tokens.weight"].float().std() * torch.randn_like(model.predictors)
+    table, K = weights["embed_tokens.weight"].float(), model.config.predictors
+    if len(table) == model.config.vocab_size:
+        weights["embed_tokens.weight"] = torch.cat([table, table.std() * torch.randn(K, table.shape[1])])
     return weights
 
 
@@ -262,11 +245,10 @@ def export(model, args, tokenizer):
 
     folder.mkdir(parents=True)
     weights = {"model." * (name != "lm_head.weight") + name: weight for name, weight in model.state_dict().items()}
-    del weights["model.predictors"]
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][: model.config.vocab_size].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads(files["config.json"]) | {"torch_dtype": "float32", "dtype": "float32"}
-    files["config.json"] = json.dumps(config)
-    for name in files.keys() & FILES:
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"torch_dtype": "float32", "dtype": "float32"})
+    for name in files.keys() & FILES.split():
         (folder / name).write_text(files[name], "utf-8")
     return f"wrote {folder}"
 
@@ -280,64 +262,57 @@ def jepa_loss(predicted, target, kind="cosine", text=None):
     kind: "cosine": 1 - cos(p, t), as in the paper; "mse": mean square over P and D; "l2": length of p - t; "infonce":
     cross-entropy of picking one's own target among all P by cosine / 0.07. text: int [P], equal for targets with the
     same text, which are not negatives of each other. Gradients flow through both sides and stay bounded at zero
-    vectors. Raises ValueError for an unknown kind.
+    vectors.
     """
     p, t = predicted.float(), target.float()
     p_unit, t_unit = F.normalize(torch.stack([p, t]), dim=-1, eps=1e-3)  # [P, D]; gradient <= 1 / eps
-    if kind == "cosine":
-        distance = 1 - (p_unit * t_unit).sum(-1)
-    elif kind == "mse":
-        distance = (p - t).square().mean(-1)
-    elif kind == "l2":
-        distance = (p - t).norm(dim=-1)
-    elif kind == "infonce":
-        logits = p_unit @ t_unit.T / 0.07  # [P, P]
-        if text is not None:
-            logits = logits.masked_fill((text[:, None] == text).fill_diagonal_(False), -math.inf)
-        distance = -logits.log_softmax(-1).diagonal()
-    else:
-        raise ValueError(f"unknown loss {kind!r}, expected cosine, mse, l2 or infonce")
+    logits = p_unit @ t_unit.T / 0.07  # [P, P]
+    if text is not None:
+        logits = logits.masked_fill((text[:, None] == text).fill_diagonal_(False), -math.inf)
+    distance = {
+        "cosine": 1 - (p_unit * t_unit).sum(-1),
+        "mse": (p - t).square().mean(-1),
+        "l2": (p - t).norm(dim=-1),
+        "infonce": -logits.log_softmax(-1).diagonal(),
+    }[kind]
     return distance.sum() / max(len(p), 1)
 
 
 def sigreg(views, directions):
     """How far views [N, D], of any float dtype, are from an isotropic Gaussian: a float32 scalar.
 
-    directions: float32 [D, M] of unit length, drawn anew for each update. The mean over them of the Epps-Pulley
+    directions: float32 [D, M] of any length, drawn anew for each update. The mean over them of the Epps-Pulley
     statistic: N times the integral of |phi_N - phi|^2 phi over 17 points, phi_N being the characteristic function of
     the projected views and phi that of a standard Gaussian. About 1 for Gaussian views, about N if all views are equal.
     SIGReg of LeJEPA, arXiv 2511.08544.
     """
     t = torch.linspace(0, 3, 17, device=views.device)  # the integrand is even: the half from 0 on counts twice
     phi = torch.exp(-t.square() / 2)
-    angles = (views.float() @ directions)[..., None] * t  # [N, M, 17]
+    angles = (views.float() @ F.normalize(directions, dim=0))[..., None] * t  # [N, M, 17]
     distance = (angles.cos().mean(0) - phi).square() + angles.sin().mean(0).square()
     return 2 * len(views) * torch.trapezoid(distance * phi, t).mean()
 
 
 @torch.no_grad()
 def cosines(predicted, target, text):
-    """Similarity of the views, as name -> (cosines [P, P], bool [P, P]: the pairs that count).
+    """Mean cosines of views [P, D], as (sum, count) pairs; text: int [P], equal for equal targets.
 
-    Of each prediction with its own target, with targets of other texts, and between targets of different texts. text:
-    int [P], equal for equal targets. Collapse: unpaired cosines are as high as paired ones.
+    cos_paired: of each prediction with its own target; cos_unpaired: with the targets of other texts. Collapse: both
+    are equally high.
     """
     p, t = F.normalize(torch.stack([predicted, target]).float(), dim=-1)
     other = text[:, None] != text
-    own = torch.zeros_like(other).fill_diagonal_(True)
-    return {"cos_paired": (p @ t.T, own), "cos_unpaired": (p @ t.T, other), "cos_targets": (t @ t.T, other)}
+    return {"cos_paired": ((p * t).sum(), len(p)), "cos_unpaired": ((p @ t.T * other).sum(), other.sum())}
 
 
 # ---- data: tokens, chats, the synthetic dataset ---------------------------------------------------------------------
 
 
 class Bytes:
-    """The vocabulary without a file: 256 bytes, END, which closes a turn, and a token for each role."""
+    """The vocabulary without a file: all bytes. The last four, never used by UTF-8, close a turn or open one."""
 
-    # Tokens 256 to 259 in a rendered chat: no valid text has such characters.
-    roles = {"end": "\udbfc", "system": "\udbfd", "user": "\udbfe", "assistant": "\udbff"}
-    ids = {character: [i] for i, character in enumerate(roles.values(), 256)}
-    special = re.compile("[\udbfc-\udbff]")
+    roles = {"end": "\udcff", "system": "\udcfe", "user": "\udcfd", "assistant": "\udcfc"}  # bytes, by surrogateescape
+    special = re.compile("[\udcfc-\udcff]")
 
     def render(self, messages, add_generation_prompt=False):
         turns = [self.roles[message["role"]] + message["content"] + self.roles["end"] for message in messages]
@@ -345,12 +320,12 @@ class Bytes:
 
     def tokens(self, text):
         """The tokens of text, and where in it each of them begins."""
-        found = [(token, at) for at, c in enumerate(text) for token in self.ids.get(c) or c.encode()]
-        return zip(*found)
+        characters = [c.encode(errors="surrogateescape") for c in text]
+        return list(b"".join(characters)), [at for at, c in enumerate(characters) for _ in c]
 
     def decode(self, ids, special=False):
         """The text of ids. Invalid UTF-8 and, if asked for, special tokens are shown as U+FFFD."""
-        return bytes(min(i, 255) for i in ids if special or i < 256).decode(errors="replace")
+        return bytes(i for i in ids if special or i < 252).decode(errors="replace")
 
 
 class Tokenizer:
@@ -371,8 +346,6 @@ class Tokenizer:
         self.special = re.compile("|".join(map(re.escape, sorted(special, reverse=True))) or "(?!)")
         settings = json.loads(files["tokenizer_config.json"])
         template = files.get("chat_template.jinja") or settings["chat_template"]
-        if isinstance(template, list):
-            template = {each["name"]: each["template"] for each in template}["default"]
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -400,7 +373,7 @@ def open_tokenizer(folder):
 
 
 class Sample(NamedTuple):
-    """One chat. labels[i] is the token to predict at position i, or IGNORE: count (labels != IGNORE)."""
+    """One chat. labels[i] is the token to predict at position i, or IGNORE."""
 
     tokens: np.ndarray  # int32 [T]
     labels: np.ndarray  # int32 [T]
@@ -460,12 +433,12 @@ def learns(message):
     return message["role"] == "assistant" and 0 not in (message.get("weight"), message.get("train"))
 
 
-HARMLESS = {"id", "name", "source", "dataset", "category", "language", "model", "prompt_id", "metadata", "timestamp"}
+HARMLESS = "id name source dataset category language model prompt_id metadata timestamp"
 
 
 def refuse_unknown(what, fields, *known):
     """Raises ValueError if a row or message has fields that would be dropped without a word, empty ones aside."""
-    if unknown := [name for name, value in fields.items() if value and name not in HARMLESS.union(known)]:
+    if unknown := [name for name, value in fields.items() if value and name not in (*HARMLESS.split(), *known)]:
         raise ValueError(f"{what} has {', '.join(unknown)}, which would be dropped")
 
 
@@ -494,7 +467,7 @@ def read_chats(path, args, tokenizer):
                     refuse_unknown("the row", row, "messages")
                     chats.append(encode(row.get("messages") or [], args.unmask_user, tokenizer))
             except Exception as error:  # of json, of the tokenizer or our own
-                reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
+                reason = " ".join(str(error).split())
                 if not args.skip_bad_chats:
                     raise DataError(f"{path}:{number}: no chat: {reason}, expected {CHAT}") from None
                 bad[reason] += 1
@@ -519,10 +492,8 @@ def load_chats(args, tokenizer):
     """Samples to train on and to validate with. Raises DataError."""
     path, eval_path, train = args.train_file, args.eval_file, []
     if not (path or eval_path):
-        if tokenizer is not BYTES:
-            raise DataError("a published model learns from chats, expected --train_file")
-        return synthetic_dataset(args.seed, args.unmask_user)
-    if path and args.eval_only and eval_path and not Path(path).exists():
+        return synthetic_dataset(args.seed, args.unmask_user, tokenizer)
+    if path and args.eval_only and not Path(path).exists():
         say(f"warning: {path} is gone, so nothing tells which validation chats were trained on")
     elif path:
         train = read_chats(path, args, tokenizer)
@@ -534,12 +505,11 @@ def load_chats(args, tokenizer):
         train, val = train[cut:], train[:cut]
     known = {sample.tokens.tobytes() for sample in train}
     fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
-    if left_out := len(val) - len(fresh):
-        say(f"left out {left_out} of {len(val)} validation chats that are in the training data too")
+    say(f"left out {len(val) - len(fresh)} of {len(val)} validation chats, as being in the training data too")
     train, val = short_chats(train, path, args), short_chats(fresh, eval_path or path, args)
     if not val or not (train or args.eval_only):
-        left = f"{len(train)} chats are left to train on, {len(val)} to evaluate on"
-        raise DataError(f"--train_file {path}, --eval_file {eval_path}: {left}, expected more")
+        what = "chats are left to train on and to evaluate on, expected more"
+        raise DataError(f"--train_file {path}, --eval_file {eval_path}: {len(train)} and {len(val)} {what}")
     return train, sorted(val, key=lambda sample: sample.length)  # evaluated in this order, with little padding
 
 
@@ -547,12 +517,12 @@ CHAT = (
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, these two in turn, '
     "with or without a system message before them; --skip_bad_chats leaves other lines out"
 )
-PEOPLE = ("Ann", "Bob", "Cid", "Dot", "Eva", "Fay", "Gus", "Hal")
-THINGS = ("figs", "nuts", "pens", "eggs", "caps", "keys")
+PEOPLE = "Ann Bob Cid Dot Eva Fay Gus Hal"
+THINGS = "figs nuts pens eggs caps keys"
 
 
 @functools.cache
-def synthetic_dataset(seed, unmask_user):
+def synthetic_dataset(seed, unmask_user, tokenizer=BYTES):
     """Word problems: every start in 2 .. 9 with any three events, at most one a doubling, that stay within 1 .. 20.
 
     "Ann has 2 figs, doubles, gets 6, loses 3." -> "2*2=4", "4+6=10", "10-3=7", with a blank line between the steps. The
@@ -562,9 +532,8 @@ def synthetic_dataset(seed, unmask_user):
     def events(value):
         """What may happen: how it is told, how the answer writes it, and the value after it."""
         yield "doubles", "*2", value * 2
-        for n in range(1, 10):
-            yield f"gets {n}", f"+{n}", value + n
-            yield f"loses {n}", f"-{n}", value - n
+        for n in (*range(-9, 0), *range(1, 10)):
+            yield f"{'gets' if n > 0 else 'loses'} {abs(n)}", f"{n:+}", value + n
 
     problems = [(start, f"{{}} has {start} {{}}", []) for start in range(2, 10)]
     for _ in range(3):
@@ -577,8 +546,12 @@ def synthetic_dataset(seed, unmask_user):
     rng, samples, held_out = np.random.default_rng(seed), [], len(problems) // 10
     rng.shuffle(problems)
     for _, story, steps in problems:
-        question = {"role": "user", "content": story.format(rng.choice(PEOPLE), rng.choice(THINGS)) + "."}
-        samples.append(encode([question, {"role": "assistant", "content": "\n\n".join(steps)}], unmask_user))
+        question = {
+            "role": "user",
+            "content": story.format(rng.choice(PEOPLE.split()), rng.choice(THINGS.split())) + ".",
+        }
+        answer = {"role": "assistant", "content": "\n\n".join(steps)}
+        samples.append(encode([question, answer], unmask_user, tokenizer))
     return samples[held_out:], samples[:held_out]
 
 
@@ -600,26 +573,26 @@ def find_pairs(sample, args):
 def pack(samples, pairs, predictors, whole):
     """One row per chat: the chat, then for each pair the predictor tokens and a copy of the target to encode alone.
 
-                 chat, causal                    pair 1                    pair 2
-        tokens   question, a, blank, b, ... PAD  P0 P1      | b            P0 P1      | c           PAD
-        position 0 1 2 ...                       on from a  | 0 1 2 ...    on from b  | 0 1 2 ...
-        sees     all before                      chat to a  | itself       chat to b  | itself      itself
+                 chat, causal                pair 1                    pair 2                    up to the longest row
+        tokens   question, a, blank, b, ...  P0 P1      | b            P0 P1      | c            PAD
+        position 0 1 2 ...                   on from a  | 0 1 2 ...    on from b  | 0 1 2 ...    any: nobody sees it
+        sees     all before                  chat to a  | itself       chat to b  | itself       all before
 
     pairs: for each sample a list from find_pairs; predictors: the ids of the predictor tokens, int [K]; whole: whether
-    all labels count, or only the last answer's. Returns arrays, int64 where nothing else is said: tokens and positions
-    [B, T]; start and limit [B, E] (see packed_mask) of the E columns after the longest chat; ends [P, 2], the places of
-    predictions and targets in the flattened rows, and text [P], equal for equal targets; at [N], the places that learn
-    a next token, and next [N], these tokens; counts, float32: N and P. Both states of a pair equal those of a pass over
-    that text alone; with K = 0 the chat's own state predicts.
+    all labels count, or only the last answer's. Returns arrays, int64 where nothing else is said: tokens, positions,
+    and start and limit (see packed_mask), [B, T]; ends [P, 2], the places of predictions and targets in the flattened
+    rows, and text [P], equal for equal targets; at [N], the places that learn a next token, and next [N], these tokens;
+    counts, float32: N and P; skipped: rows without a pair. Both states of a pair equal those of a pass over that text
+    alone; with K = 0 the chat's own state predicts.
     """
-    C, K, ends, texts = max(sample.length for sample in samples), len(predictors), [], {}
-    T = C + max(sum(K + end - begin for _, begin, end in mine) for mine in pairs)
+    K, ends, texts = len(predictors), [], {}
+    T = max(sample.length + sum(K + end - begin for _, begin, end in mine) for sample, mine in zip(samples, pairs))
     tokens, labels, start, limit = packed = np.zeros((4, len(samples), T), np.int64)
-    tokens[:], labels[:], start[:, C:] = PAD, IGNORE, np.arange(C, T)
+    tokens[:], labels[:] = PAD, IGNORE
     for row, (sample, mine) in enumerate(zip(samples, pairs)):
-        first, at = 0 if whole else sample.answer - 1, C
-        tokens[row, : sample.length] = sample.tokens
-        labels[row, first : sample.length] = sample.labels[first:]
+        first, at = 0 if whole else sample.answer - 1, sample.length
+        tokens[row, :at] = sample.tokens
+        labels[row, first:at] = sample.labels[first:]
         for context, begin, end in mine:
             target, predicts = sample.tokens[begin:end], at + K if K else context
             for piece, seen in ((predictors, context), (target, 0)):
@@ -630,24 +603,25 @@ def pack(samples, pairs, predictors, whole):
     return {
         "tokens": tokens,
         "positions": limit + np.arange(T) - start,
-        "start": start[:, C:],
-        "limit": limit[:, C:],
+        "start": start,
+        "limit": limit,
         "ends": found[:, :2],
         "text": found[:, 2],
         "at": learned,
         "next": labels.flat[learned],
         "counts": np.array([len(learned), len(ends)], np.float32),
+        "skipped": sum(not mine for mine in pairs),
     }
 
 
-def packed_mask(start, limit, T):
-    """What the last E of T tokens of packed rows may attend to: bool [B, 1, E, T]. Built on the device of its inputs.
+def packed_mask(start, limit):
+    """What the tokens of packed rows may attend to: bool [B, 1, T, T]. Built on the device of its inputs.
 
-    start, limit: int [B, E]. A token sees its own piece, from `start` up to itself, and the first `limit` tokens of the
-    row, which belong to the chat. Padding sees itself: a mask row without any True would give NaN.
+    start, limit: int [B, T]. A token sees its own piece, from `start` up to itself, and the first `limit` tokens of the
+    row, which belong to the chat. Padding, with zeros for both, is causal: a mask row without any True would give NaN.
     """
-    at = torch.arange(T, device=start.device)
-    own = (at >= start[..., None]) & (at <= at[-start.shape[1] :, None])  # [B, E, T]
+    at = torch.arange(start.shape[1], device=start.device)
+    own = (at >= start[..., None]) & (at <= at[:, None])  # [B, T, T]
     return (own | (at < limit[..., None]))[:, None]
 
 
@@ -661,26 +635,19 @@ def make_data(args, config):
     if 0 < config.sliding_window < args.max_length:
         raise DataError(f"--max_length {args.max_length}, expected at most sliding_window = {config.sliding_window}")
     if args.export or args.prompt:  # needs no chats to learn
-        predict = export if args.export else respond
-        return {"config": config, "predict": lambda model: predict(model, args, tokenizer)}
+        predict = functools.partial(export if args.export else respond, args=args, tokenizer=tokenizer)
+        return {"config": config, "predict": predict}
     train, val = load_chats(args, tokenizer)
     jepa = args.lbd > 0 and not args.regular
-    if jepa and not args.eval_only:
-        paired = sum(bool(find_pairs(sample, args)) for sample in train)
-        say(f"pairs in {paired:,} of {len(train):,} chats; --view_based_jepa has one in each")
 
     def collate(picked, rng=None, rows=None):
-        # Validation (without rng) is always on the last answers alone.
-        pairs = [find_pairs(sample, args) if rng and jepa else [] for sample in picked]
-        skipped = jepa * sum(not mine for mine in pairs)
-        # Every process and micro-batch of an update draws the same. Without pairs it costs no more than a plain pass.
-        if rng and rng.random() >= args.jepa_ratio:
-            pairs = [[] for _ in picked]
+        # Every process and micro-batch of an update draws the same. Validation (without rng): the last answers alone.
+        on = rng and jepa and rng.random() < args.jepa_ratio
+        pairs = [find_pairs(sample, args) if on else [] for sample in picked]
         batch = pack(picked, pairs, config.vocab_size + np.arange(config.predictors), whole=rng)
-        if args.sigreg and len(batch["ends"]):
-            directions = rng.standard_normal((config.hidden_size, 256), np.float32)
-            batch["directions"] = directions / np.linalg.norm(directions, axis=0)
-        return batch | {"skipped": skipped}
+        if on and args.sigreg:
+            batch["directions"] = rng.standard_normal((config.hidden_size, 256), np.float32)
+        return batch
 
     return {"train": train, "val": val, "collate": collate, "config": config}
 
@@ -695,10 +662,10 @@ def compute_loss(model, batch, carry, args):
     and of its pairs) from the shared part. Returns its part of the update's loss, metrics as (sum, count) pairs, {}.
     """
     tokens, at, ends = batch["tokens"], batch["at"], batch["ends"]
-    B, N, P, similar = len(tokens), len(at), len(ends), {}
+    B, N, P = len(tokens), len(at), len(ends)
     token_share, pair_share = batch["share"]
-    mask = packed_mask(batch["start"], batch["limit"], tokens.shape[1]) if P else None
-    h = model(tokens, batch["positions"] if P else None, mask).flatten(0, 1)  # [B * T, D]
+    mask = packed_mask(batch["start"], batch["limit"]) if P else None
+    h = model(tokens, batch["positions"], mask).flatten(0, 1)  # [B * T, D]
     llm_loss = F.cross_entropy(unwrap(model).head(h[at]), batch["next"])
     loss = args.gamma * token_share * llm_loss
     sums = {
@@ -720,30 +687,18 @@ def compute_loss(model, batch, carry, args):
                 spread = sigreg(F.rms_norm(views.flatten(0, 1), views.shape[-1:]), batch["directions"])
                 sums["sigreg_loss"] = spread.detach() * P, P
                 jepa = jepa + args.sigreg * spread
-            similar = cosines(predicted, target, batch["text"])
+            sums |= cosines(predicted, target, batch["text"])
         loss = loss + args.lbd * pair_share * jepa
-        sums |= {name: ((cosine * meant).sum(), meant.sum()) for name, (cosine, meant) in similar.items()}
     sums["loss"] = loss.detach(), token_share  # the mean of the updates' own losses
-    if args.debug:
-        print_debug(batch, llm_loss, similar, args)
+    if args.debug:  # a CPU-GPU sync point
+        real = tokens != PAD
+        used, plain = real.sum(), (real & (batch["start"] == 0)).sum()
+        say(
+            f"[DEBUG Loss] step={batch['step'] + 1}, input_batch={B}, forward_batch={B}, tokens forward={used} "
+            f"plain={plain} ({used / plain:.2f}x)\n"
+            f"  valid_tokens={N}, loss_per_token={llm_loss:.4f}, pairs={P}, skipped={batch['skipped']}"
+        )
     return loss, sums, {}
-
-
-def print_debug(batch, llm_loss, similar, args):
-    """--debug: what this micro-batch holds; from 5 on also the spread of its cosines. A CPU-GPU sync point."""
-    real = batch["tokens"] != PAD  # [B, T]
-    B, T = real.shape
-    used, plain = int(real.sum()), int(real[:, : T - batch["limit"].shape[1]].sum())
-    say(
-        f"[DEBUG Loss] step={batch['step'] + 1}, input_batch={B}, forward_batch={B}, tokens forward={used} "
-        f"plain={plain} ({used / plain:.2f}x), padding={1 - used / (B * T):.1%}\n"
-        f"  valid_tokens={len(batch['at'])}, loss_per_token={llm_loss:.4f}, pairs={len(batch['ends'])}, "
-        f"skipped={int(batch['skipped'])}"
-    )
-    for name, (cosine, meant) in similar.items() if args.debug >= 5 else ():
-        if len(c := cosine[meant]):
-            spread = c.std(correction=0)
-            say(f"  {name:12} mean={c.mean():.4f} std={spread:.4f} min={c.min():.4f} max={c.max():.4f}")
 
 
 @torch.no_grad()
@@ -777,45 +732,27 @@ def generate(model, tokens, max_length, end):
     """A Model's greedy continuation of tokens (ints [T]) up to end or max_length tokens, as a list of all of them."""
     tokens = list(tokens)
     while len(tokens) < max_length and tokens[-1] != end:  # without a cache: answers are short
-        states = model(torch.tensor([tokens], device=model.predictors.device))
+        states = model(torch.tensor([tokens], device=model.norm.weight.device))
         tokens.append(model.head(states[:, -1]).argmax().item())
     return tokens
 
 
 def respond(model, args, tokenizer):
-    """The answer to --prompt, as text; with --answers, the last answers to the chats in that file, written there."""
-
-    def answer(chat):
-        sample = encode([*chat, {"role": "assistant", "content": "?"}], tokenizer=tokenizer)
-        end = sample.labels[sample.labels != IGNORE][-1]
-        with autocast(args):
-            said = generate(model, sample.tokens[: sample.answer], args.max_length, end)
-        if said[-1] != end:
-            cut = f"an answer is cut at --max_length {args.max_length}, after a prompt of {sample.answer} tokens"
-            print(f"warning: {cut}", file=sys.stderr)
-        return tokenizer.decode(said[sample.answer :])
-
-    if not args.answers:
-        with expecting("text in UTF-8", "--prompt or --system"):
-            return answer([{"role": "system", "content": args.system or ""}, {"role": "user", "content": args.prompt}])
-    with open(args.prompt, "rb") as chats, open(args.answers, "x") as out:
-        for number, line in enumerate(chats, 1):
-            if not line.strip():
-                continue
-            with expecting("a chat", f"{args.prompt}:{number}"):
-                row = json.loads(line)
-                refuse_unknown("the row", row, "messages")
-                chat = row["messages"]
-                if chat[-1]["role"] == "assistant":
-                    chat.pop()
-                chat.append({"role": "assistant", "content": answer(chat)})
-                out.write(json.dumps(row) + "\n")
-    return f"wrote {args.answers}"
+    """The answer to --prompt, as text. Raises DataError."""
+    roles = {"system": args.system or "", "user": args.prompt, "assistant": "?"}
+    with expecting("text in UTF-8", "--prompt or --system"):
+        sample = encode([{"role": role, "content": text} for role, text in roles.items()], tokenizer=tokenizer)
+    end = sample.labels[sample.labels != IGNORE][-1]
+    with autocast(args):
+        said = generate(model, sample.tokens[: sample.answer], args.max_length, end)
+    if said[-1] != end:
+        print(f"warning: cut at --max_length {args.max_length}; the prompt has {sample.answer} tokens", file=sys.stderr)
+    return tokenizer.decode(said[sample.answer :])
 
 
 def describe(metrics):
     """Text of a log line."""
-    names = {"loss": "Loss", "llm_loss": "LM", "jepa_loss": "JEPA", "exact_match": "Exact"}
+    names = {"loss": "Loss", "llm_loss": "LM", "pairs": "Pairs", "jepa_loss": "JEPA", "exact_match": "Exact"}
     parts = [f"{title}: {metrics[name]:.4f}" for name, title in names.items() if name in metrics]
     if "cos_unpaired" in metrics:
         paired, unpaired = metrics["cos_paired"], metrics["cos_unpaired"]
@@ -829,15 +766,15 @@ def report(metrics):
     lines = [f"{'validation':22}{'loss':>8}{'exact':>8}{'prefix':>8}"]
     for title, prefix in {"this model": "", "before training": "first_"}.items():
         if prefix + "loss" in metrics:
-            loss, exact, begun = (metrics[prefix + name] for name in ("loss", "exact_match", "prefix_match"))
-            lines.append(f"{title:22}{loss:8.4f}{exact:8.4f}{begun:8.4f}")
+            numbers = (metrics[prefix + name] for name in ("loss", "exact_match", "prefix_match"))
+            lines.append(f"{title:22}" + "".join(f"{number:8.4f}" for number in numbers))
     return "\n".join(lines)
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 DATA_FLAGS = ("train_file", "eval_file")
-EVAL_FLAGS = ("prompt", "answers", "system", "export", "max_length", "skip_bad_chats")
+EVAL_FLAGS = ("prompt", "system", "export", "max_length", "skip_bad_chats")
 DEMO = {
     "num_layers": 2, "sigreg": 0.02, "batch_size": 16, "lr": 3e-3, "max_train_steps": 600,
     "eval_interval": 100, "eval_samples": 512, "log_interval": 50,
@@ -857,7 +794,7 @@ def add_method_args(parser):
     flag("--num_layers", 4, "blocks of the network", 1)
     flag("--num_heads", 8, "attention heads; twice their number divides hidden_size", 1)
     flag = flag_group(parser, "objective: gamma * next token + lbd * JEPA")
-    flag("--regular", False, "the next-token loss alone, ignoring the flags below: the same run as --lbd 0")
+    flag("--regular", False, "the next-token loss alone: the same run as --lbd 0")
     flag("--lbd", 0.5, "weight of the JEPA loss; 0: none, and no pairs in the rows")
     flag("--gamma", 1.0, "weight of the next-token loss")
     flag("--num_prediction_steps", 2, "pairs per chat: how many steps predict the next one", 1)
@@ -867,24 +804,20 @@ def add_method_args(parser):
     flag("--sigreg", 0.0, "weight of SIGReg, added to the distance: prevents collapse; try 0.02; 0: none")
     flag("--jepa_ratio", 1.0, "fraction of the updates that have the JEPA loss", 0, 1)
     flag("--stop_grad_target", False, "no gradient through the targets: slows the collapse")
-    flag("--debug", 0, "1: print what every micro-batch holds; 5: its cosines as well")
+    flag("--debug", 0, "above 0: print what every micro-batch holds")
     flag = flag_group(parser, "prediction, with --eval_only --out_dir RUN")
-    flag("--prompt", None, "answer one question; with --answers, each chat of this file")
+    flag("--prompt", None, "a question to answer")
     flag("--system", None, "the system prompt before the question")
-    flag("--answers", None, "file to write: the chats of --prompt with the model's last answers")
     flag("--export", None, "folder to make: a fine-tuned published model, for transformers and vLLM")
     parser.set_defaults(lr=2e-3, min_lr_ratio=0.0, warmup_steps=50)
 
 
 def check(args, given, error):
     """Refuse flags that make no sense together. given: those of the command line alone."""
-    if (args.system or args.answers) and (args.system and args.answers or not args.prompt):
-        error("--system needs --prompt QUESTION, --answers needs --prompt FILE")
-    if (args.prompt or args.export) and (given.eval_file or not args.eval_only or args.prompt and args.export):
-        error("--prompt and --export need --eval_only and the --out_dir of a run, not both, and no --eval_file")
+    wrong = given.eval_file or not args.eval_only or args.prompt and args.export
+    if wrong and (args.prompt or args.export) or args.system and not args.prompt:
+        error("--prompt or --export needs --eval_only --out_dir RUN, and no --eval_file; --system needs --prompt")
     for name in DATA_FLAGS:
-        if sum(word.split("=")[0] == f"--{name}" for word in sys.argv) > 1:  # the last alone would count
-            error(f"--{name} is given twice, expected one file")
         if path := getattr(args, name):
             setattr(args, name, os.path.abspath(path))  # found from another working directory, too
 
