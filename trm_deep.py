@@ -479,12 +479,12 @@ def make_data(args, given):
         raise DataError(f"{args.data_folder}: {sizes}, expected {trained} as in the run")
 
     def collate(picked, rng=None, rows=None):
-        if "sequence" in picked:  # T + 1 sentences: all but the last are read, all but the first predicted
-            picked = {"input_embeddings": picked["sequence"][:, :-1], "labels": picked["sequence"][:, 1:]}
         batch = {
-            name: (x - torch.tensor(mean)) / scale
+            name: (x - torch.tensor(mean)).div_(scale)
             for (name, x), (mean, scale) in zip(picked.items(), config.normalization)
         }
+        if "sequence" in batch:  # T + 1 sentences: all but the last are read, all but the first predicted
+            batch = {"input_embeddings": batch["sequence"][:, :-1], "labels": batch["sequence"][:, 1:]}
         if rng:  # a longer draw begins with the shorter one: rows have theirs, however the update is split
             explore, uniform = rng.random((rows[-1] + 1, 2))[rows].T
             longer = 2 + uniform * (args.halt_max_steps - 1)
