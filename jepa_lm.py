@@ -152,13 +152,13 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.grad_checkpoint = config, False
-        # The predictors' embeddings are the table's last rows.
-        self.embed_tokens = nn.Embedding(config.vocab_size + config.predictors, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        nn.init.normal_(self.embed_tokens.weight, std=0.05)
+        # Drawn last, with the predictors in the last rows: the language model is the same for any number of them.
+        table = 0.05 * torch.randn(config.vocab_size + config.predictors, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, tokens, positions=None, mask=None):
         """Final states, after the last norm: [B, T, D].
@@ -794,7 +794,7 @@ def add_method_args(parser):
     flag("--num_layers", 4, "blocks of the network", 1)
     flag("--num_heads", 8, "attention heads; twice their number divides hidden_size", 1)
     flag = flag_group(parser, "objective: gamma * next token + lbd * JEPA")
-    flag("--regular", False, "the next-token loss alone: the same run as --lbd 0")
+    flag("--regular", False, "the next-token loss alone, whatever the flags below say: the same run as --lbd 0")
     flag("--lbd", 0.5, "weight of the JEPA loss; 0: none, and no pairs in the rows")
     flag("--gamma", 1.0, "weight of the next-token loss")
     flag("--num_prediction_steps", 2, "pairs per chat: how many steps predict the next one", 1)

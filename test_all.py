@@ -1834,6 +1834,12 @@ def test_what_may_not_be_seen_changes_nothing(tmp_path):
             assert torch.equal(other[~sees], h[~sees]) and (other[sees] != h[sees]).any(1).all()
 
 
+def test_the_language_model_does_not_depend_on_the_number_of_predictors():
+    none, three = (jepa_model(predictors=k).state_dict() for k in (0, 3))
+    three["embed_tokens.weight"] = three["embed_tokens.weight"][:-3]
+    assert same(none, three)
+
+
 def reference_lm(model, tokens):
     """Llama and its kin in words: the logits [T, V]."""
     c = model.config
