@@ -505,7 +505,7 @@ def load_chats(args, tokenizer):
         train, val = train[cut:], train[:cut]
     known = {sample.tokens.tobytes() for sample in train}
     fresh = [sample for sample in val if sample.tokens.tobytes() not in known]
-    say(f"left out {len(val) - len(fresh)} of {len(val)} validation chats, as being in the training data too")
+    say(f"left out {len(val) - len(fresh)} of {len(val)} validation chats that are in the training data too")
     train, val = short_chats(train, path, args), short_chats(fresh, eval_path or path, args)
     if not val or not (train or args.eval_only):
         what = "chats are left to train on and to evaluate on, expected more"

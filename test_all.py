@@ -2133,7 +2133,7 @@ FILES = [  # flags, chats to train on and to validate with, what is said of them
         OTHERS,
         f"1 of 4 chats are longer than --max_length {LONGEST - 1} and left out; the longest has {LONGEST} tokens",
     ),
-    ("", RAGGED, RAGGED[:3] + OTHERS, "^left out 3 of 4 validation chats, as being in the training data too\n$"),
+    ("", RAGGED, RAGGED[:3] + OTHERS, "^left out 3 of 4 validation chats that are in the training data too\n$"),
     ("", RAGGED, OTHERS, "^left out 0 of 1 validation chats, .* too\n$"),
 ]
 
