@@ -10,7 +10,8 @@ or --lbd 0: the same run, bit for bit) it is the plain pass.
   python jepa_lm.py --init_from MODEL --train_file train.jsonl --eval_file test.jsonl --view_based_jepa   # any GPU
   torchrun --nproc_per_node 8 jepa_lm.py --train_file train.jsonl --eval_file test.jsonl                  # many GPUs
 
-Without --train_file it learns a synthetic dataset of word problems. The first command's last lines, seed 0, one thread:
+Without --train_file it learns a synthetic dataset of word problems. The first command's last lines, seed 0, one thread
+(the training loss counts SIGReg too):
 
   Step 600/600, Train Loss: 0.0589 | LM: 0.0067 | Pairs: 2.0000 | JEPA: 0.0048 | Cos: 0.995 paired, -0.002 unpaired
   Step 600/600, Val Loss: 0.0053 | LM: 0.0053 | Exact: 0.9785
@@ -791,12 +792,12 @@ def add_method_args(parser):
     flag("--max_length", 1024, "longer chats are left out of training, refused in --eval_file", 8)
     flag("--skip_bad_chats", False, "leave out lines that are no chats, and count them (default: refuse)")
     flag("--unmask_user", False, "supervise every token of a training chat, not only the answers")
-    flag = flag_group(parser, f"model; with a published folder its sizes and {FINE_TUNING}")
+    flag = flag_group(parser, f"model; a published folder brings its own, and the defaults {FINE_TUNING}")
     flag("--hidden_size", 128, "width of the network", 2)
     flag("--num_layers", 4, "blocks of the network", 1)
     flag("--num_heads", 8, "attention heads; twice their number divides hidden_size", 1)
     flag = flag_group(parser, "objective: gamma * next token + lbd * JEPA")
-    flag("--regular", False, "the next-token loss alone, whatever the flags below say: the same run as --lbd 0")
+    flag("--regular", False, "the next-token loss alone: the same run as --lbd 0")
     flag("--lbd", 0.5, "weight of the JEPA loss; 0: none, and no pairs in the rows")
     flag("--gamma", 1.0, "weight of the next-token loss")
     flag("--num_prediction_steps", 2, "pairs per chat: how many steps predict the next one", 1)
