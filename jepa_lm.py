@@ -3,8 +3,8 @@
 A small decoder over bytes, or a published model (Llama, Mistral, Qwen, SmolLM), learns chats. Besides the usual loss on
 the assistant's tokens, a few predictor tokens after a step of the answer learn to predict the embedding of the next
 step, encoded alone (LLM-JEPA, arXiv 2509.14252). One packed row holds the chat, the predictor tokens and the steps to
-encode alone, so a single forward pass computes both losses at about 1.5 times the plain cost. Without pairs (--regular
-or --lbd 0: the same run, bit for bit) it is the plain pass.
+encode alone, so a single forward pass computes both losses at about 1.5 times the plain cost (more for chats of
+thousands of tokens). Without pairs (--regular or --lbd 0: the same run, bit for bit) it is the plain pass.
 
   python jepa_lm.py                                                            # laptop, a minute
   python jepa_lm.py --init_from MODEL --train_file train.jsonl --eval_file test.jsonl --view_based_jepa   # any GPU
@@ -419,7 +419,7 @@ def encode(messages, unmask_user=False, tokenizer=BYTES):
             at = text.find(content, begin)
             end = tokenizer.special.search(text, at + len(content))
             if not text.startswith(prompt) or at < 0 or not end or tokenizer.special.search(text[begin:at]):
-                raise DataError(f"the chat template rewrites message {i + 1}, or hides its end")
+                raise ValueError(f"the chat template rewrites message {i + 1}, or hides its end")
             answer, after = np.searchsorted(starts, [begin, end.end()]).tolist()
             supervised[answer:after] = learns(message)
     supervised[after:] = False
@@ -494,7 +494,8 @@ def load_chats(args, tokenizer):
     """Samples to train on and to validate with. Raises DataError."""
     path, eval_path, train = args.train_file, args.eval_file, []
     if not (path or eval_path):
-        return synthetic_dataset(args.seed, args.unmask_user, tokenizer)
+        with expecting("a chat template that renders them", "word problems"):
+            return synthetic_dataset(args.seed, args.unmask_user, tokenizer)
     if path and args.eval_only and not Path(path).exists():
         say(f"warning: {path} is gone, so nothing tells which validation chats were trained on")
     elif path:
@@ -549,10 +550,7 @@ def synthetic_dataset(seed, unmask_user, tokenizer=BYTES):
     rng, samples, held_out = np.random.default_rng(seed), [], len(problems) // 10
     rng.shuffle(problems)
     for _, story, steps in problems:
-        question = {
-            "role": "user",
-            "content": story.format(rng.choice(PEOPLE.split()), rng.choice(THINGS.split())) + ".",
-        }
+        question = {"role": "user", "content": story.format(*(rng.choice(x.split()) for x in (PEOPLE, THINGS))) + "."}
         answer = {"role": "assistant", "content": "\n\n".join(steps)}
         samples.append(encode([question, answer], unmask_user, tokenizer))
     return samples[held_out:], samples[:held_out]

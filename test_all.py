@@ -2297,7 +2297,7 @@ def test_regular_and_lbd_0_are_the_same_run_to_the_last_bit(accum, tmp_path, mon
     regular = run("jepa_lm", tmp_path / "regular", f"{flags} --regular")
     first = list(calls)
     assert len(first) == 6 * accum and all(plain for _, plain in first)
-    for i, more in enumerate(("", "--num_prediction_steps 4 --jepa_loss l2", "--view_based_jepa --sigreg 0.1")):
+    for i, more in enumerate(("", "--num_prediction_steps 4 --predictors 5", "--view_based_jepa --sigreg 0.1")):
         calls.clear()
         assert run("jepa_lm", tmp_path / str(i), f"{flags} --lbd 0 {more}") == regular
         assert same(first, calls)
